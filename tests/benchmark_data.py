@@ -231,9 +231,9 @@ def egoschema(folder: Path, video: bytes = b"") -> None:
 
 
 def mvbench(folder: Path, video: bytes = b"") -> None:
-    for name, place in (("action_sequence", "star/Charades_segment"), ("moving_count", "clevrer/video_validation")):
-        (folder / "video" / place).mkdir(parents=True, exist_ok=True)
-        (folder / "video" / place / "a.mp4").write_bytes(video)
+    for name, subfolder in (("action_sequence", "star/Charades_segment"), ("moving_count", "clevrer/video_validation")):
+        (folder / "video" / subfolder).mkdir(parents=True, exist_ok=True)
+        (folder / "video" / subfolder / "a.mp4").write_bytes(video)
         row = {"video": "a.mp4", "question": "what is this?", "candidates": ["a walk", "a run"], "answer": "a run"}
         (folder / "json").mkdir(exist_ok=True)
         (folder / "json" / f"{name}.json").write_text(json.dumps([row, row]))

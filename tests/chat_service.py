@@ -135,8 +135,8 @@ def ask(content: Any = "what is this", **fields: Any) -> dict[str, Any]:
 
 def chunks(lines: Iterator[str]) -> list[Any]:
     """Events of a stream, the last one as text."""
-    found = [line.removeprefix("data: ") for line in lines if line]
-    return [json.loads(line) for line in found[:-1]] + found[-1:]
+    events = [line.removeprefix("data: ") for line in lines if line]
+    return [json.loads(line) for line in events[:-1]] + events[-1:]
 
 
 def text_of(events: Sequence[Any]) -> str:

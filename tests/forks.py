@@ -35,9 +35,9 @@ def watch() -> None:
 
 def unsafe() -> list[str]:
     """Forks beside other threads since the last call, each with its stack trace."""
-    found = _found[:]
+    forks = _found[:]
     _found.clear()
-    return found
+    return forks
 
 
 def _look() -> None:

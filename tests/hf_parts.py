@@ -62,26 +62,26 @@ def sections(variant: str) -> dict[str, ModalityConfig]:
 
     There are more encoder inputs than one call of the encoder takes.
     """
-    found = modalities()
-    found["video"] = ModalityConfig(placeholder=SPECIAL[5])
+    modality_configs = modalities()
+    modality_configs["video"] = ModalityConfig(placeholder=SPECIAL[5])
     if variant == "towers":
-        found["image"].encoder.max_pieces_per_call = 2
-        found["video"].encoder = EncoderConfig(type="videomae", config=VIDEOMAE)
-        found["video"].projector = projector("resampler")
-        found["video"].options = {"clip_seconds": 1.0}
-        found["audio"].encoder = EncoderConfig(type="clap", config=CLAP)
-        found["audio"].projector = projector("linear", num_tokens=6)
-        found["audio"].options = dict(LOG_MEL)
-        found["imu"].projector = projector("resampler", num_tokens=3)
+        modality_configs["image"].encoder.max_pieces_per_call = 2
+        modality_configs["video"].encoder = EncoderConfig(type="videomae", config=VIDEOMAE)
+        modality_configs["video"].projector = projector("resampler")
+        modality_configs["video"].options = {"clip_seconds": 1.0}
+        modality_configs["audio"].encoder = EncoderConfig(type="clap", config=CLAP)
+        modality_configs["audio"].projector = projector("linear", num_tokens=6)
+        modality_configs["audio"].options = dict(LOG_MEL)
+        modality_configs["imu"].projector = projector("resampler", num_tokens=3)
     else:
-        found["image"].encoder = EncoderConfig(type="dinov2", config=VISION)
-        found["image"].projector = projector("linear", num_tokens=3)
-        found["video"].encoder = copy.deepcopy(modalities()["image"].encoder)
-        found["video"].projector = projector("linear", num_tokens=1, num_layers=1)
-        found["video"].options = {"clip_seconds": 1.0, "num_frames": 2}
-        found["audio"].projector = projector("resampler")
-        found["imu"].encoder = EncoderConfig(type="identity")
-    return found
+        modality_configs["image"].encoder = EncoderConfig(type="dinov2", config=VISION)
+        modality_configs["image"].projector = projector("linear", num_tokens=3)
+        modality_configs["video"].encoder = copy.deepcopy(modalities()["image"].encoder)
+        modality_configs["video"].projector = projector("linear", num_tokens=1, num_layers=1)
+        modality_configs["video"].options = {"clip_seconds": 1.0, "num_frames": 2}
+        modality_configs["audio"].projector = projector("resampler")
+        modality_configs["imu"].encoder = EncoderConfig(type="identity")
+    return modality_configs
 
 
 def video(seed: int, frames: int = 25) -> bytes:

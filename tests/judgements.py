@@ -61,7 +61,7 @@ def served(folder: Path, *arguments: str, words: Sequence[str] = SOURCES) -> tup
     log = folder / "compare.log"
     process = fork_server.Interpreter("-m", "megatron_anymal", *words, *arguments, output=[log], cwd=folder)
     deadline = time.monotonic() + 90
-    while not (found := re.search(r"http://\S+", log.read_text())):
+    while not (match := re.search(r"http://\S+", log.read_text())):
         assert process.poll() is None and time.monotonic() < deadline, log.read_text()
         time.sleep(0.05)
-    return process, found[0]
+    return process, match[0]

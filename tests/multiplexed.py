@@ -145,16 +145,16 @@ def trained(state: TrainState) -> dict[str, np.ndarray]:
 def of_results(results: list[StepResult], weights: dict[str, np.ndarray]) -> dict[str, Trace]:
     """The traces in the results of a run's steps."""
     names = list(dict.fromkeys(name for result in results for name in result.rates or result.loss_by_modality))
-    found = {}
+    named_traces = {}
     for name in names:
         own = [result for result in results if name in result.loss_by_modality]
-        found[name] = Trace(
+        named_traces[name] = Trace(
             [result.loss_by_modality[name] for result in own],
             [result.grad_norms.get(name, result.grad_norm) for result in own],
             [result.rates.get(name, result.lr) for result in own],
             {key: value for key, value in weights.items() if key.split(".")[1] == name},
         )
-    return found
+    return named_traces
 
 
 def apart(one: Trace, other: Trace) -> float:

@@ -22,12 +22,12 @@ from megatron_anymal.train.build import TrainState, build
 def losses_and_gradients(config: RunConfig, packed: bool) -> dict[int, tuple[float, dict[str, np.ndarray]]]:
     """Return, per sample of the first step, the sum of its losses and the gradient of that sum by parameter."""
     state = build(config, initialize(config))
-    found = {}
+    by_position = {}
     for plan in state.train_data.planner.plan(0).of_replica(0):
         for sample in plan.samples:
             alone = dataclasses.replace(plan, samples=(sample,), padded_length=sample.length)
-            found[sample.position] = of_sample(state, plan if packed else alone, sample.position)
-    return found
+            by_position[sample.position] = of_sample(state, plan if packed else alone, sample.position)
+    return by_position
 
 
 def of_sample(state: TrainState, plan: PlannedMicroBatch, position: int) -> tuple[float, dict[str, np.ndarray]]:

@@ -85,9 +85,9 @@ SOME = ("--task", "vqav2", "mmbench", "hateful_memes", "--likelihood")
 def alone(run_dir: Path, root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Results of every task on one process."""
     out = tmp_path_factory.mktemp("alone") / "all"
-    code, said = evaluate(run_dir, root, out, "--task", *MAKERS, "--likelihood", *WITHOUT)
-    assert code == 0, said
-    (out / "printed.txt").write_text(said)
+    code, output = evaluate(run_dir, root, out, "--task", *MAKERS, "--likelihood", *WITHOUT)
+    assert code == 0, output
+    (out / "printed.txt").write_text(output)
     return out
 
 
@@ -109,8 +109,8 @@ def test_every_task_is_scored(alone: Path) -> None:
 
 
 def test_reports_stand_beside_the_paper(alone: Path) -> None:
-    said = (alone / "printed.txt").read_text()
-    row = next(line for line in said.splitlines() if line.startswith("VQAv2"))
+    output = (alone / "printed.txt").read_text()
+    row = next(line for line in output.splitlines() if line.startswith("VQAv2"))
     assert row.split()[-4:] == ["71.0", "78.7", "Table", "1"]
     text = (alone / "results.md").read_text()
     assert "| AnyMAL 70B | 78.7 |" in text and "| this model |" in text and "| Gemini Ultra | 77.8 |" in text
@@ -122,34 +122,34 @@ def test_reports_stand_beside_the_paper(alone: Path) -> None:
 def plain_answers(run_dir: Path, root: Path) -> list[Any]:
     """In a rank: answers and likelihoods of MMBench, one sample and one candidate at a time."""
     generator = NativeGenerator.of_run(str(run_dir))
-    found = []
+    answers = []
     for sample in samples_of(find_task("mmbench"), root / "mmbench")[0]:
         prompt = build_prompt(sample)
         [text] = generator.answer([prompt], Sampling(16))
         scores = [generator.log_likelihoods([prompt], [[letter]])[0][0] for letter in sample.candidates]
-        found.append((sample.key, text.strip(), scores))
-    return found
+        answers.append((sample.key, text.strip(), scores))
+    return answers
 
 
 def test_answers_do_not_depend_on_batches(run_dir: Path, root: Path, alone: Path) -> None:
     [expected] = run_ranks(1, plain_answers, run_dir, root)
-    found = answers_of(alone)["mmbench"]
-    assert len(expected) == len(found) == COUNT
+    answers = answers_of(alone)["mmbench"]
+    assert len(expected) == len(answers) == COUNT
     for key, text, scores in expected:
-        assert found[key][0] == text and found[key][1] == pytest.approx(scores, abs=1e-4)
+        assert answers[key][0] == text and answers[key][1] == pytest.approx(scores, abs=1e-4)
 
 
 @pytest.mark.parametrize("layout", [["--tensor-model-parallel-size", "1"], [], ["--pipeline-model-parallel-size", "2"]])
 def test_two_processes_give_the_same(layout: list[str], run_dir: Path, root: Path, alone: Path, tmp_path: Path) -> None:
-    code, said = evaluate(run_dir, root, tmp_path / "out", *SOME, *layout, world=2)
-    assert code == 0, said
-    expected, found = answers_of(alone), answers_of(tmp_path / "out")
+    code, output = evaluate(run_dir, root, tmp_path / "out", *SOME, *layout, world=2)
+    assert code == 0, output
+    expected, answers = answers_of(alone), answers_of(tmp_path / "out")
     journals = sorted(path.name for path in (tmp_path / "out" / "vqav2").glob("*.jsonl"))
     copies = 2 if "--tensor-model-parallel-size" in layout else 1
-    assert journals == [f"answers.{n}.jsonl" for n in range(copies)] and ("copies" in said) == (copies > 1)
-    for task in found:
-        assert found[task].keys() == expected[task].keys()
-        for key, (text, scores) in found[task].items():
+    assert journals == [f"answers.{n}.jsonl" for n in range(copies)] and ("copies" in output) == (copies > 1)
+    for task in answers:
+        assert answers[task].keys() == expected[task].keys()
+        for key, (text, scores) in answers[task].items():
             assert text == expected[task][key][0]
             assert scores == pytest.approx(expected[task][key][1], abs=1e-4)
 
@@ -174,8 +174,8 @@ def test_a_killed_evaluation_continues(run_dir: Path, root: Path, alone: Path, t
     # Killed within a write.
     with (out / "vqav2" / "answers.0.jsonl").open("a") as file:
         file.write('{"key": "cut o')
-    code, said = evaluate(run_dir, root, out, *SOME, "--batch-size", "4", "--without-metric", "auroc")
-    assert code == 0, said
+    code, output = evaluate(run_dir, root, out, *SOME, "--batch-size", "4", "--without-metric", "auroc")
+    assert code == 0, output
     keys = Counter(json.loads(line)["key"] for line in lines_of(out))
     assert set(before) <= set(lines_of(out)) and len(keys) == 3 * COUNT and max(keys.values()) == 1
     expected = answers_of(alone)
@@ -186,24 +186,24 @@ def test_a_killed_evaluation_continues(run_dir: Path, root: Path, alone: Path, t
 def test_nothing_is_answered_twice(run_dir: Path, root: Path, alone: Path) -> None:
     before, lines = (alone / "results.json").read_text(), lines_of(alone)
     words = ("--task", *MAKERS, "--likelihood", *WITHOUT, "--against", str(alone))
-    code, said = evaluate(run_dir, root, alone, *words)
-    assert code == 0 and "to answer" not in said and lines_of(alone) == lines, said
+    code, output = evaluate(run_dir, root, alone, *words)
+    assert code == 0 and "to answer" not in output and lines_of(alone) == lines, output
     assert (alone / "results.json").read_text() == before
-    differences = [line for line in said.splitlines() if "+0.00 to +0.00" in line]
+    differences = [line for line in output.splitlines() if "+0.00 to +0.00" in line]
     assert len(differences) >= len(MAKERS) and "1.0000" in differences[0]
 
 
 def test_limits_and_sampling(run_dir: Path, root: Path, tmp_path: Path) -> None:
     sampled = ("--temperature", "1.0", "--seed", "3")
-    code, said = evaluate(run_dir, root, tmp_path / "few", "--task", "vqav2", "--limit", "4", *sampled)
-    assert code == 0, said
-    code, said = evaluate(run_dir, root, tmp_path / "all", "--task", "vqav2", *sampled, "--batch-size", "2")
-    assert code == 0, said
+    code, output = evaluate(run_dir, root, tmp_path / "few", "--task", "vqav2", "--limit", "4", *sampled)
+    assert code == 0, output
+    code, output = evaluate(run_dir, root, tmp_path / "all", "--task", "vqav2", *sampled, "--batch-size", "2")
+    assert code == 0, output
     few, everything = answers_of(tmp_path / "few")["vqav2"], answers_of(tmp_path / "all")["vqav2"]
     # A draw belongs to a sample, whatever is answered with it.
     assert len(few) == 4 and sum(bool(text) for text, _ in few.values()) >= 2 and few.items() <= everything.items()
-    code, said = evaluate(run_dir, root, tmp_path / "all", "--task", "vqav2")
-    assert code == 2 and "holds answers with sampling=" in said and "--out" in said, said
+    code, output = evaluate(run_dir, root, tmp_path / "all", "--task", "vqav2")
+    assert code == 2 and "holds answers with sampling=" in output and "--out" in output, output
 
 
 @pytest.mark.parametrize(
@@ -221,8 +221,8 @@ def test_limits_and_sampling(run_dir: Path, root: Path, tmp_path: Path) -> None:
     ],
 )
 def test_refusals(words: list[str], message: str, run_dir: Path, root: Path, tmp_path: Path) -> None:
-    code, said = evaluate(run_dir, root, tmp_path / "out", *words)
-    assert code == 2 and message in said and said.count("\n") == 1, said
+    code, output = evaluate(run_dir, root, tmp_path / "out", *words)
+    assert code == 2 and message in output and output.count("\n") == 1, output
 
 
 def test_own_task_files(run_dir: Path, root: Path, tmp_path: Path) -> None:
@@ -235,5 +235,5 @@ def test_own_task_files(run_dir: Path, root: Path, tmp_path: Path) -> None:
     row = {"id": 1, "ask": "what is this?", "file": str(picture), "answers": ["two"]}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
     words = ("--task-folder", str(tmp_path / "tasks"), "--task", f"own={tmp_path}")
-    code, said = evaluate(run_dir, root, tmp_path / "out", *words)
-    assert code == 0 and "ANLS" in said, said
+    code, output = evaluate(run_dir, root, tmp_path / "out", *words)
+    assert code == 0 and "ANLS" in output, output

@@ -25,12 +25,12 @@ def undisturbed(
     mixed_shards: str, tokenizer_folder: str, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[bool, list[float]]:
     """Losses of the whole run on one process, with a frozen Llama (True) and a trained one (False)."""
-    found = {}
+    run_losses = {}
     for freeze in (True, False):
         config = make_config(mixed_shards, tokenizer_folder, tmp_path_factory.mktemp("whole"))
         config.model.language_model.freeze = freeze
-        found[freeze] = run_ranks(1, train, config)[0]["losses"]
-    return found
+        run_losses[freeze] = run_ranks(1, train, config)[0]["losses"]
+    return run_losses
 
 
 def stopped_and_continued(config: RunConfig, first: dict[str, int], second: dict[str, int]) -> list[float]:
@@ -86,10 +86,10 @@ def test_resume_with_another_rate(config: RunConfig, undisturbed: dict[bool, lis
     run_ranks(1, train, config)
     config.trainer.max_steps, config.model.optim.lr = 6, 2 * config.model.optim.lr
     config.resilience.allow_changes = ["config"]
-    found = run_ranks(1, train, config)[0]["losses"]
+    resumed_losses = run_ranks(1, train, config)[0]["losses"]
     # The first loss after the resume is of weights that were trained at the old rate.
-    assert found[:4] == undisturbed[True][:4]
-    assert not set(found[4:]) & set(undisturbed[True])
+    assert resumed_losses[:4] == undisturbed[True][:4]
+    assert not set(resumed_losses[4:]) & set(undisturbed[True])
 
 
 def test_a_tied_trainable_head_is_the_same_over_pipeline_stages(config: RunConfig, tmp_path: Path) -> None:
@@ -164,8 +164,8 @@ def test_inspect_tells_what_is_held_and_what_is_damaged(config: RunConfig, capsy
     run_ranks(1, train, config)
     run = Path(config.exp_manager.explicit_log_dir)
     assert inspect_checkpoint([str(run), "--tensors"]) == 0
-    told = capsys.readouterr().out
-    assert "step 1, 8 samples consumed" in told and "projectors.image.latents" in told
+    output = capsys.readouterr().out
+    assert "step 1, 8 samples consumed" in output and "projectors.image.latents" in output
     [folder] = (run / "checkpoints").glob("step_*")
     weights = max(folder.glob("*.distcp"), key=lambda path: path.stat().st_size)
     data = bytearray(weights.read_bytes())

@@ -51,7 +51,7 @@ def from_checkpoint(run: str, tensor: int, stages: int) -> dict[str, list[Reply]
 
 def running(run: str) -> dict[str, list[Reply]]:
     """In a rank: the same from a running batch, which one prompt joins late."""
-    generator, found = NativeGenerator.of_run(run), {}
+    generator, replies = NativeGenerator.of_run(run), {}
     for name, sampling in RUNS.items():
         batch = generator.running_batch()
         everyone = [batch.read(prompt, sampling) for prompt in PROMPTS]
@@ -64,8 +64,8 @@ def running(run: str) -> dict[str, list[Reply]]:
             batch.keep([row for row, one in enumerate(batch.running) if not one.answer.done])
             if batch.running:
                 batch.step()
-        found[name] = [one.answer.reply for one in everyone]
-    return found
+        replies[name] = [one.answer.reply for one in everyone]
+    return replies
 
 
 def from_export(folder: Path) -> dict[str, list[Reply]]:
@@ -95,10 +95,10 @@ def with_transformers(folder: str) -> tuple[list[Any], list[Any], np.ndarray]:
     settings = {"modalities": ["picture", "speech"], "max_new_tokens": 14, "do_sample": False}
     written = []
     for cache in (True, False):
-        found = processor.parts(model.generate(**inputs, **settings, use_cache=cache), inputs)
-        processor.save_media(found[0], f"{folder}/media")
-        assert np.array_equal(np.load(next(Path(folder, "media").glob("0-1.*.codes.npy"))), found[0][0].codes)
-        written.append([[(item.name, item.codes.tolist()) for item in row] for row in found])
+        media = processor.parts(model.generate(**inputs, **settings, use_cache=cache), inputs)
+        processor.save_media(media[0], f"{folder}/media")
+        assert np.array_equal(np.load(next(Path(folder, "media").glob("0-1.*.codes.npy"))), media[0][0].codes)
+        written.append([[(item.name, item.codes.tolist()) for item in row] for row in media])
     with pytest.raises(ValueError, match="'sound' is not something that this model writes"):
         model.generate(**inputs, modalities=["sound"], max_new_tokens=20)
     assert type(model).__module__.startswith("transformers_modules")

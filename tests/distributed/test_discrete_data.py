@@ -33,8 +33,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: str) -> s
         files[f"s{number}.codes.npy"] = codes(draw(0, 4, (2, 1 + number % 4)))
         picture, speech = item(f"p{number}", "picture"), item(f"s{number}", "speech")
         asked = [{"text": "what is"}, *([{"media": "x.png"}] if number % 3 else []), speech if number % 2 else picture]
-        said = [{"text": "one"}, picture if number % 2 else speech]
-        turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
+        answer = [{"text": "one"}, picture if number % 2 else speech]
+        turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
         lines.append({"key": f"k{number}", "messages": turns})
     return shards_of(tmp_path_factory.mktemp("codes") / "data", tokenizer_folder, lines, files)
 
@@ -53,8 +53,8 @@ def test_losses_are_those_of_one_process(folder: str, tokenizer_folder: str, tmp
     split = run(folder, tokenizer_folder, tmp_path / "two", 2, context_parallel_size=2)
     apart = run(folder, tokenizer_folder, tmp_path / "three", 2)
     for config in (split, apart):
-        found = run_ranks(2, train, config)[0]
-        np.testing.assert_allclose(found["losses"], alone["losses"], rtol=1e-5)
+        results = run_ranks(2, train, config)[0]
+        np.testing.assert_allclose(results["losses"], alone["losses"], rtol=1e-5)
     rows = [json.loads(line) for line in (tmp_path / "one/metrics.jsonl").read_text().splitlines()]
     row = next(row for row in rows if "loss" in row)
     assert {"loss/picture", "loss/speech", "target_loss/picture", "target_loss/speech"} <= row.keys()
@@ -71,10 +71,10 @@ def test_a_resume_continues_exactly(folder: str, tokenizer_folder: str, tmp_path
     run_ranks(1, train, first)
     second = copy.deepcopy(first)
     second.trainer.max_steps = 6
-    [found] = run_ranks(1, train, second)
-    assert found["losses"] == expected["losses"]
+    [resumed] = run_ranks(1, train, second)
+    assert resumed["losses"] == expected["losses"]
     for name, weight in expected["weights"].items():
-        np.testing.assert_array_equal(found["weights"][name], weight)
+        np.testing.assert_array_equal(resumed["weights"][name], weight)
 
 
 def answered(config: RunConfig) -> str:
@@ -93,9 +93,9 @@ def test_answers_to_validation_samples_have_codes(folder: str, tokenizer_folder:
     split = copy.deepcopy(config)
     split.exp_manager.explicit_log_dir = str(tmp_path / "two")
     split.trainer.devices = split.model.tensor_model_parallel_size = 2
-    [found] = run_ranks(1, answered, config)
-    assert run_ranks(2, answered, split)[0] == found
-    rows = [json.loads(line) for line in found.splitlines()]
+    [answers] = run_ranks(1, answered, config)
+    assert run_ranks(2, answered, split)[0] == answers
+    rows = [json.loads(line) for line in answers.splitlines()]
     assert len(rows) == 16 and [row["expected"] for row in rows[:2]] == ["one[speech 1]", "one[picture 1]"]
     for row in rows:
         number = int(row["sample"].removeprefix("a/k"))

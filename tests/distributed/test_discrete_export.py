@@ -50,8 +50,8 @@ def test_transformers_gives_the_same_logits(
     config.model.language_model.config = hf.to_dict()
     with torch.no_grad():
         expected = Reference(config, hf, weights).eval()(sample).numpy()
-        found = exported(tokens[None]).logits[0].numpy()
-    assert np.abs(found - expected).max() <= 1e-5 * max(1.0, np.abs(expected).max())
+        logits = exported(tokens[None]).logits[0].numpy()
+    assert np.abs(logits - expected).max() <= 1e-5 * max(1.0, np.abs(expected).max())
     tokenizer = AutoTokenizer.from_pretrained(out)
     for number in range(VOCABULARY.base_size, VOCABULARY.total_size):
         assert tokenizer.convert_tokens_to_ids(VOCABULARY.text(number)) == number
@@ -117,9 +117,9 @@ def test_an_archive_carries_the_rows(text_shards: str, tokenizer_folder: str, tm
     config.trainer.max_steps, config.trainer.devices = 1, 2
     config.model.tensor_model_parallel_size = 2
     expected = run_ranks(2, save, config, tmp_path / "model.nemo")[0]
-    [found] = run_ranks(1, restore, tmp_path / "model.nemo")
-    assert found.keys() == expected.keys() >= {"discrete.embedding.weight", "discrete.head.weight"}
-    assert all(np.array_equal(value, expected[name]) for name, value in found.items())
+    [weights] = run_ranks(1, restore, tmp_path / "model.nemo")
+    assert weights.keys() == expected.keys() >= {"discrete.embedding.weight", "discrete.head.weight"}
+    assert all(np.array_equal(value, expected[name]) for name, value in weights.items())
 
 
 def test_an_archive_keeps_frozen_rows(tmp_path: Path) -> None:

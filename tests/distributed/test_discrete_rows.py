@@ -94,12 +94,12 @@ def test_the_llamas_rows_are_those_of_a_folder(config: RunConfig, tmp_path: Path
     plain.model.discrete = {}
     layout = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
     two = laid_out(config, 4, pipeline_model_parallel_size=2, **layout)
-    found = [run_ranks(c.trainer.devices, first_values, c)[0] for c in (plain, config, two)]
-    assert found[1].keys() == found[2].keys() == found[0].keys() | {CODES, CODES_HEAD}
-    for name, value in found[1].items():
-        assert np.array_equal(value, found[2][name]), name
-        assert name not in found[0] or np.array_equal(value, found[0][name]), name
-    assert np.array_equal(found[1][EMBEDDING], llama.model.embed_tokens.weight.detach().numpy())
+    weights = [run_ranks(c.trainer.devices, first_values, c)[0] for c in (plain, config, two)]
+    assert weights[1].keys() == weights[2].keys() == weights[0].keys() | {CODES, CODES_HEAD}
+    for name, value in weights[1].items():
+        assert np.array_equal(value, weights[2][name]), name
+        assert name not in weights[0] or np.array_equal(value, weights[0][name]), name
+    assert np.array_equal(weights[1][EMBEDDING], llama.model.embed_tokens.weight.detach().numpy())
 
 
 def optimizer_elements(state: TrainState) -> dict[str, int]:
@@ -187,15 +187,15 @@ def one_step(config: RunConfig) -> dict[str, Any]:
 def by_kind(config: RunConfig, start: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, int]]:
     """Mean losses and numbers of targets of the first step, in plain torch, one document at a time."""
     model = Reference(config, LlamaConfig(**config.model.language_model.config), start).eval()
-    found: dict[str, list[float]] = {}
+    losses: dict[str, list[float]] = {}
     with codes_in_documents(config.model), torch.no_grad():
         for sample in next(read_steps(config, 1)):
             values = F.cross_entropy(model(sample), sample.labels, reduction="none")
             for value, label, mask in zip(values, sample.labels.tolist(), sample.loss_mask):
                 kind = VOCABULARY.lookup(label).name if label >= VOCABULARY.base_size else "text"
                 if mask:
-                    found.setdefault(kind, []).append(float(value))
-    return {kind: float(np.mean(v)) for kind, v in found.items()}, {kind: len(v) for kind, v in found.items()}
+                    losses.setdefault(kind, []).append(float(value))
+    return {kind: float(np.mean(v)) for kind, v in losses.items()}, {kind: len(v) for kind, v in losses.items()}
 
 
 @pytest.mark.parametrize(

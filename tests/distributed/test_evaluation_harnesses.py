@@ -123,10 +123,10 @@ def test_lmms_eval_gives_the_answers_of_evaluate(programs: Path, folder: Path) -
     shown = run_program(programs, words, folder)
     [path] = (folder / "runs" / "quickstart" / "lmms_eval").rglob("*_samples_anymal_vqa.jsonl")
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    found = {str(row["doc_id"]): (row["filtered_resps"].strip(), row["exact_match"]) for row in rows}
+    answers = {str(row["doc_id"]): (row["filtered_resps"].strip(), row["exact_match"]) for row in rows}
     expected = evaluated(folder, "second")
-    assert found == expected and len(found) == COUNT
-    accuracy = sum(value for _, value in found.values()) / COUNT
+    assert answers == expected and len(answers) == COUNT
+    accuracy = sum(value for _, value in answers.values()) / COUNT
     assert 0.6 < accuracy < 0.9 and f"{accuracy:.4f}" in shown
 
 
@@ -136,7 +136,7 @@ def test_lmms_eval_asks_in_a_users_turn(programs: Path, folder: Path) -> None:
     ]
     run_program(programs, [word.replace("runs/quickstart/exported", "exported") for word in words], folder)
     [path] = (folder / "runs" / "quickstart" / "lmms_eval").rglob("*_samples_anymal_chat.jsonl")
-    found = {row["doc_id"]: row["filtered_resps"].strip() for row in map(json.loads, path.read_text().splitlines())}
+    answers = {row["doc_id"]: row["filtered_resps"].strip() for row in map(json.loads, path.read_text().splitlines())}
     config = json.loads((folder / "exported" / "config.json").read_text())
     generator = ExportedGenerator.of_folder(str(folder / "exported"), config, "cpu", "auto", trust_remote_code=False)
     prompts = []
@@ -144,8 +144,8 @@ def test_lmms_eval_asks_in_a_users_turn(programs: Path, folder: Path) -> None:
         picture = {"media": f"{number}.png", "modality": "image"}
         turn = {"role": "user", "content": [{"text": row["question"]}, picture]}
         prompts.append(Prompt(open_prompt(parse_messages([turn], "")), [MediaFile(row["image"]["bytes"], "png")]))
-    assert list(found.values()) == [text.strip() for text in generator.answer(prompts, Sampling(max_new_tokens=16))]
-    assert len(set(found.values())) > 10
+    assert list(answers.values()) == [text.strip() for text in generator.answer(prompts, Sampling(max_new_tokens=16))]
+    assert len(set(answers.values())) > 10
 
 
 def test_lmms_eval_names_a_mistake(programs: Path, folder: Path) -> None:
@@ -187,4 +187,4 @@ def test_lm_eval_gives_the_likelihoods_of_this_package(programs: Path, folder: P
     for row, sample in zip(rows, samples, strict=True):
         prompt = Prompt([TextPart(str(row["question"]))], [])
         [expected] = generator.log_likelihoods([prompt], [[f" {option}" for option in row["options"]]])  # type: ignore[attr-defined]
-        assert [float(found[0][0]) for found in sample["resps"]] == pytest.approx(expected, abs=1e-4)
+        assert [float(response[0][0]) for response in sample["resps"]] == pytest.approx(expected, abs=1e-4)

@@ -77,7 +77,7 @@ def test_the_export_is_verified_and_says_so(run: RunConfig, exported: Path, capf
     assert len(files) > 1
     assert sum(t.nbytes for f in files for t in load_file(exported / f).values()) == index["metadata"]["total_size"]
     card = (exported / "README.md").read_text()
-    for said in (
+    for text in (
         "supervised fine-tuning",
         "| image | 2 |",
         "| all together | 1 |",
@@ -85,7 +85,7 @@ def test_the_export_is_verified_and_says_so(run: RunConfig, exported: Path, capf
         "adapters are merged",
         "pipeline_tag: image-text-to-text",
     ):
-        assert said in card
+        assert text in card
     arguments = ["--checkpoint", run.exp_manager.explicit_log_dir, "--export", str(exported)]
     assert run_in_rank(verify.main, arguments) == 0
     assert "verified imu: 2 sample(s)" in capfd.readouterr().out
@@ -168,9 +168,9 @@ def test_adapters_beside_the_weights_take_part_in_answers(apart: Path, exported:
 
 
 def refused_answers(folder: str) -> str:
-    with pytest.raises(CheckpointError) as told:
+    with pytest.raises(CheckpointError) as error:
         answering_weights(folder, True)
-    return str(told.value)
+    return str(error.value)
 
 
 def test_damaged_adapters_are_refused(apart: Path, tmp_path: Path) -> None:
@@ -181,8 +181,8 @@ def test_damaged_adapters_are_refused(apart: Path, tmp_path: Path) -> None:
     lost = sorted(name for name in tensors if "lora_B" in name)[0]
     del tensors[lost]
     save_file(tensors, file, metadata={"format": "pt"})
-    told = run_ranks(1, refused_answers, str(damaged))[0]
-    assert "missing adapter keys" in told and lost.removesuffix(".weight") in told and "Export again" in told
+    message = run_ranks(1, refused_answers, str(damaged))[0]
+    assert "missing adapter keys" in message and lost.removesuffix(".weight") in message and "Export again" in message
     os.truncate(file, file.stat().st_size // 2)
     assert f"'{file.parent}' cannot be loaded" in run_ranks(1, refused_answers, str(damaged))[0]
     file.unlink()
@@ -205,9 +205,9 @@ def test_a_wrong_adapter_is_found(run: RunConfig, apart: Path, tmp_path: Path, c
 def test_the_base_without_adapters_keeps_its_bytes(run: RunConfig, base: Path, tmp_path: Path) -> None:
     assert export(run, tmp_path / "apart", "--llama-only", "--adapter", "separate", "--no-verify") == 0
     source = {name: t for file in base.glob("*.safetensors") for name, t in load_file(file).items()}
-    found = load_file(tmp_path / "apart" / "model.safetensors")
-    assert found.keys() == source.keys()
-    assert all(torch.equal(found[name], tensor) for name, tensor in source.items())
+    tensors = load_file(tmp_path / "apart" / "model.safetensors")
+    assert tensors.keys() == source.keys()
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in source.items())
 
 
 def test_the_chat_template_is_the_layout_of_training(run: RunConfig, exported: Path) -> None:

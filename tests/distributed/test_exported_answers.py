@@ -88,10 +88,10 @@ def as_transformers_does(source: Path, prompts: list[Prompt], penalty: float) ->
     processor = AnyMALProcessor.from_pretrained(source)
     tokens = [section["placeholder_id"] for section in model.config.modalities.values()]
     inputs = processor([_as_json(prompt) for prompt in prompts])
-    found = model.generate(
+    generated = model.generate(
         **inputs, max_new_tokens=12, do_sample=False, repetition_penalty=penalty, suppress_tokens=tokens
     )
-    return processor.answers(found, inputs)
+    return processor.answers(generated, inputs)
 
 
 @pytest.fixture(scope="module")
@@ -181,12 +181,12 @@ def test_media_are_seen(export: Path, prompts: list[Prompt], exported: dict[str,
 
 def stream(source: RunConfig | Path, prompts: list[Prompt], sampling: Sampling) -> list[tuple[str, list[str]]]:
     """In a rank: return each answer and the chunks of it that were streamed."""
-    generator, found = load(source), []
+    generator, answers = load(source), []
     for prompt in prompts:
         pieces: list[str] = []
         [whole] = generator.answer([prompt], sampling, watch=Stream(pieces.append))
-        found.append((whole, pieces))
-    return found
+        answers.append((whole, pieces))
+    return answers
 
 
 @pytest.mark.parametrize("kind", ["native", "exported"])
@@ -194,9 +194,9 @@ def test_what_is_streamed_is_what_is_answered(
     kind: str, config: RunConfig, export: Path, prompts: list[Prompt]
 ) -> None:
     source: Any = config if kind == "native" else export
-    found = run_ranks(1, stream, source, prompts[:10], Sampling(12, temperature=1.0, stop=("seven",)))[0]
-    assert all("".join(pieces) == whole.strip() for whole, pieces in found)
-    assert max(len(pieces) for _, pieces in found) > 4
+    answers = run_ranks(1, stream, source, prompts[:10], Sampling(12, temperature=1.0, stop=("seven",)))[0]
+    assert all("".join(pieces) == whole.strip() for whole, pieces in answers)
+    assert max(len(pieces) for _, pieces in answers) > 4
 
 
 def length_limit(source: RunConfig | Path) -> tuple[int, str]:
@@ -206,23 +206,23 @@ def length_limit(source: RunConfig | Path) -> tuple[int, str]:
     assert limit is not None
     # One more position is taken by the begin token.
     [answer] = generator.answer([Prompt([TextPart("seven " * (limit - 4))], [])], Sampling(50, temperature=2.0))
-    with pytest.raises(PromptTooLong) as told:
+    with pytest.raises(PromptTooLong) as error:
         generator.answer([Prompt([TextPart("seven " * (limit - 1))], [])], Sampling(50))
-    return len(answer.split()), str(told.value)
+    return len(answer.split()), str(error.value)
 
 
 @pytest.mark.parametrize("kind", ["native", "exported"])
 def test_answers_end_where_the_positions_end(kind: str, config: RunConfig, export: Path) -> None:
-    words, told = run_ranks(1, length_limit, config if kind == "native" else export)[0]
-    assert words <= 3 and "512 tokens" in told and "512 positions" in told
+    words, message = run_ranks(1, length_limit, config if kind == "native" else export)[0]
+    assert words <= 3 and "512 tokens" in message and "512 positions" in message
 
 
 def mistake(source: RunConfig | Path, prompt: Prompt) -> str:
     """In a rank: the error for a prompt that cannot be answered."""
     generator = load(source)
-    with pytest.raises(ValueError) as told:
+    with pytest.raises(ValueError) as error:
         generator.answer([prompt], Sampling(2))
-    return str(told.value)
+    return str(error.value)
 
 
 BROKEN = Prompt(
@@ -231,8 +231,8 @@ BROKEN = Prompt(
 
 
 def test_both_refuse_a_broken_file_by_its_name(config: RunConfig, export: Path) -> None:
-    told = [run_ranks(1, mistake, source, BROKEN)[0] for source in (config, export)]
-    assert told[0] == told[1] and "'x/y.npy'" in told[0]
+    messages = [run_ranks(1, mistake, source, BROKEN)[0] for source in (config, export)]
+    assert messages[0] == messages[1] and "'x/y.npy'" in messages[0]
 
 
 def verb(main: Any, argv: list[str], out: Path) -> int:
@@ -295,9 +295,9 @@ def trusting(folder: Path, prompts: list[Prompt], cache: Path) -> tuple[str, lis
     with pytest.raises(ConfigError, match=r"thermal\.py.*--trust-remote-code"):
         ExportedGenerator.of_folder(str(folder), config, "cpu", "auto", trust_remote_code=False)
     generator = ExportedGenerator.of_folder(str(folder), config, "cpu", "auto", trust_remote_code=True)
-    with pytest.raises(DataError) as told:
+    with pytest.raises(DataError) as error:
         generator.answer([BROKEN], Sampling(2))
-    return type(generator._model).__module__, generator.answer(prompts, RUNS["greedy"][0]), str(told.value)
+    return type(generator._model).__module__, generator.answer(prompts, RUNS["greedy"][0]), str(error.value)
 
 
 def test_code_of_a_folder_runs_only_where_it_is_trusted(
@@ -313,15 +313,15 @@ def test_code_of_a_folder_runs_only_where_it_is_trusted(
     for name, keys in add.items():
         values = json.loads((folder / name).read_text())
         (folder / name).write_text(json.dumps({**values, **keys}))
-    module, answers, told = run_ranks(1, trusting, folder, prompts, tmp_path / "cache")[0]
+    module, answers, message = run_ranks(1, trusting, folder, prompts, tmp_path / "cache")[0]
     assert module.startswith("transformers_modules.") and answers == exported["greedy"]
-    assert "'x/y.npy'" in told
+    assert "'x/y.npy'" in message
 
 
 def damaged(source: Path) -> str:
-    with pytest.raises(CheckpointError) as told:
+    with pytest.raises(CheckpointError) as error:
         load(source)
-    return str(told.value)
+    return str(error.value)
 
 
 def test_a_folder_without_all_weights_is_refused(export: Path, tmp_path: Path) -> None:
@@ -354,7 +354,7 @@ def likelihoods_by_hand(export: Path, prompts: list[Prompt]) -> list[list[float]
     """In a rank: the same of prompts without media, one candidate at a time, by transformers' Llama alone."""
     model = AnyMALForConditionalGeneration.from_pretrained(export).eval().language_model
     tokenizer = Tokenizer(str(export))
-    found = []
+    log_likelihoods = []
     for prompt in prompts:
         asked = tokenizer.document(prompt.parts, [], {}, closed=False).tokens
         scores = []
@@ -364,8 +364,8 @@ def likelihoods_by_hand(export: Path, prompts: list[Prompt]) -> list[list[float]
                 logits = model(input_ids=torch.tensor([[*asked, *answer]])).logits[0].double()
             places = logits[len(asked) - 1 : -1].log_softmax(-1)
             scores.append(float(sum(row[token] for row, token in zip(places, answer))))
-        found.append(scores)
-    return found
+        log_likelihoods.append(scores)
+    return log_likelihoods
 
 
 def test_likelihoods_are_those_of_transformers(config: RunConfig, export: Path, prompts: list[Prompt]) -> None:
@@ -373,8 +373,8 @@ def test_likelihoods_are_those_of_transformers(config: RunConfig, export: Path, 
     assert len(plain) > 5
     [expected] = run_ranks(1, likelihoods_by_hand, export, plain)
     for source in (config, export):
-        [found] = run_ranks(1, likelihoods, source, plain, 4)
-        assert [row[:2] for row in found] == [pytest.approx(row, abs=1e-3) for row in expected]
+        [log_likelihoods] = run_ranks(1, likelihoods, source, plain, 4)
+        assert [row[:2] for row in log_likelihoods] == [pytest.approx(row, abs=1e-3) for row in expected]
 
 
 def test_both_have_the_same_likelihoods_with_media(config: RunConfig, export: Path, prompts: list[Prompt]) -> None:

@@ -94,11 +94,11 @@ def test_an_export_answers_as_the_trainer_does(run: RunConfig, wanted: str, tmp_
         [python, "-I", "-c", SCRIPT, *map(str, arguments)], capture_output=True, text=True, cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    assert found["version"].startswith(wanted.rstrip("*"))
-    assert found["answers"] == found["together"] == [answer.strip() for answer in expected]
-    assert len(set(found["answers"])) > 3
-    assert found["difference"] < 1e-5
+    report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    assert report["version"].startswith(wanted.rstrip("*"))
+    assert report["answers"] == report["together"] == [answer.strip() for answer in expected]
+    assert len(set(report["answers"])) > 3
+    assert report["difference"] < 1e-5
     # The script turns deprecation warnings into errors.
     done = subprocess.run(
         [python, "-I", PIPELINE, tmp_path / "merged", tmp_path / "a.png", "8"], capture_output=True, text=True

@@ -105,16 +105,16 @@ def test_same_answers_under_every_layout(
     run_dir: Path, mixed_shards: str, alone: dict[str, list[str]], world: int, stages: int
 ) -> None:
     runs = {"greedy": (GREEDY, 16), "penalty and stop": (CUT, 16)}
-    for found in run_ranks(world, answers, run_dir, mixed_shards, stages, runs):
-        assert found == {name: alone[name] for name in runs}
+    for rank_answers in run_ranks(world, answers, run_dir, mixed_shards, stages, runs):
+        assert rank_answers == {name: alone[name] for name in runs}
 
 
 def test_adapters_answer_conversations_the_same_under_every_layout(sft_dir: Path, chats: str) -> None:
     runs = {"greedy": (GREEDY, 7)}
     [alone] = run_ranks(1, answers, sft_dir, chats, 1, runs)
     for stages in (1, 2):
-        for found in run_ranks(2, answers, sft_dir, chats, stages, runs):
-            assert found == alone
+        for rank_answers in run_ranks(2, answers, sft_dir, chats, stages, runs):
+            assert rank_answers == alone
     [untrained] = run_ranks(1, answers, sft_dir, chats, 1, runs, True)
     without_media = [n for n, q in enumerate(read_questions(chats)) if q.modality == "text"]
     assert without_media and all(alone["greedy"][n] != untrained["greedy"][n] for n in without_media[:3])
@@ -215,12 +215,12 @@ def test_greedy_answers_are_those_of_transformers(
     else:
         turns = ["user", "assistant", "user"]
         chats = [
-            [{"role": role, "content": texts[n - place]} for place, role in enumerate(turns[2 * (n % 2) :])]
+            [{"role": role, "content": texts[n - position]} for position, role in enumerate(turns[2 * (n % 2) :])]
             for n in range(12)
         ]
         prompts = [open_prompt(parse_messages(messages, "")) for messages in chats]
         asked = [chat_tokens(tokenizer, messages) for messages in chats]
-    found = run_ranks(world, answer_prompts, config, prompts, Sampling(max_new_tokens=20))[0]
+    generated = run_ranks(world, answer_prompts, config, prompts, Sampling(max_new_tokens=20))[0]
     ends = tokenizer.convert_tokens_to_ids([SPECIAL[1], CHAT[2]])
     expected, last = [], []
     for tokens in asked:
@@ -236,7 +236,7 @@ def test_greedy_answers_are_those_of_transformers(
                 break
         expected.append(tokenizer.decode(tokens[start:], skip_special_tokens=True))
         last.append(tokens[-1])
-    assert found == expected
+    assert generated == expected
     assert len(set(expected)) > 5 and any(len(text.split()) >= 8 for text in expected)
     assert set(ends) & set(last), "no answer ends with an end token"
 

@@ -77,7 +77,7 @@ LENGTH = 60
 @pytest.fixture(scope="module")
 def imported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
     """Case -> HuggingFace folder, checkpoint."""
-    found = {}
+    folders = {}
     for number, (name, (changes, _)) in enumerate(CASES.items()):
         folder = tmp_path_factory.mktemp("llamas") / name
         torch.manual_seed(number)
@@ -91,24 +91,24 @@ def imported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, 
         model.save_pretrained(folder, max_shard_size="30KB" if name.startswith("sharded") else "5GB")
         out = folder.with_name(f"{name}-checkpoint")
         assert import_hf(["--hf", str(folder), "--out", str(out), "--processes", "2"]) == 0
-        found[name] = folder, out
-    assert len(HFWeights(found["sharded-bf16"][0]).files) > 2
-    return found
+        folders[name] = folder, out
+    assert len(HFWeights(folders["sharded-bf16"][0]).files) > 2
+    return folders
 
 
 def check_same_bytes(folder: Path, checkpoint: Path) -> None:
     """Assert that every tensor of a HuggingFace folder is bit-identical in the checkpoint."""
     hf = LlamaConfig.from_dict(store.read_manifest(checkpoint, verify=True).llama)
     theirs, reader = HFWeights(folder), StreamReader(checkpoint)
-    found: dict[str, torch.Tensor] = {}
+    tensors: dict[str, torch.Tensor] = {}
     keys = set()
     for name in whole_names(hf):
         key, layer = checkpoint_position(name)
         keys.add(key)
-        found |= to_hf(name, hf, reader.read(key, layer=layer))
+        tensors |= to_hf(name, hf, reader.read(key, layer=layer))
     assert keys == {key for key in reader.tensors if key.startswith("language_model.")}
-    assert found.keys() == theirs.keys()
-    for name, tensor in found.items():
+    assert tensors.keys() == theirs.keys()
+    for name, tensor in tensors.items():
         expected = theirs[name]
         assert (tensor.dtype, tensor.shape) == (expected.dtype, expected.shape), name
         assert raw_bytes(tensor) == raw_bytes(expected), name
@@ -124,8 +124,8 @@ def test_the_manifest_is_that_of_a_trained_llama(imported: dict[str, tuple[Path,
         manifest = store.read_manifest(out)
         assert from_dict(manifest.config).to_dict() == manifest.config
         assert manifest.step == 0 and not manifest.base_hash
-        there = LlamaConfig.from_pretrained(folder)
-        assert LlamaConfig.from_dict(manifest.llama).to_diff_dict() == there.to_diff_dict()
+        source_config = LlamaConfig.from_pretrained(folder)
+        assert LlamaConfig.from_dict(manifest.llama).to_diff_dict() == source_config.to_diff_dict()
 
 
 def tokens_of(vocab_size: int) -> torch.Tensor:
@@ -183,7 +183,7 @@ def save_again(model: AnyMALModel, folder: Path, manifest: Manifest) -> None:
 
 def answers(checkpoints: dict[str, Path], world: int, again: Path | None) -> dict[tuple[str, Any], np.ndarray]:
     """In a rank: (case, layout) -> logits, for all layouts of `world` processes. Saves some models to `again`."""
-    found = {}
+    logits_by_layout = {}
     for name, checkpoint in checkpoints.items():
         for layout in [(1, 1, 0), *CASES[name][1]]:
             if layout[0] * layout[1] != world:
@@ -191,10 +191,10 @@ def answers(checkpoints: dict[str, Path], world: int, again: Path | None) -> dic
             config, hf, model = build_from(checkpoint, *layout)
             logits = logits_of(model)
             if logits is not None:
-                found[name, layout] = logits
+                logits_by_layout[name, layout] = logits
             if again and name in SAVED_AGAIN and layout == (2, 2, 0):
                 save_again(model, again / name, Manifest(1, 0, config.to_dict(), hf.to_dict(), "", "", {}))
-    return found
+    return logits_by_layout
 
 
 @pytest.fixture(scope="module")
@@ -202,23 +202,23 @@ def ours(imported: dict[str, tuple[Path, Path]], tmp_path_factory: pytest.TempPa
     """Logits of all cases and layouts, and the folder with the checkpoints saved again under TP2 x PP2."""
     again = tmp_path_factory.mktemp("again")
     checkpoints = {name: out for name, (_, out) in imported.items()}
-    found: dict[Any, Any] = {}
+    logits_by_layout: dict[Any, Any] = {}
     for world in (1, 2, 4):
         ranks = run_ranks(world, answers, checkpoints, world, again if world == 4 else None, timeout=180)
         for rank in ranks:
-            found |= rank
-    return found, again
+            logits_by_layout |= rank
+    return logits_by_layout, again
 
 
 @pytest.fixture(scope="module")
 def theirs(imported: dict[str, tuple[Path, Path]]) -> dict[str, np.ndarray]:
     """Logits of transformers in fp32."""
-    found = {}
+    logits_by_case = {}
     for name, (folder, _) in imported.items():
         model = LlamaForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
         with torch.no_grad():
-            found[name] = model(tokens_of(model.config.vocab_size)).logits[0].numpy()
-    return found
+            logits_by_case[name] = model(tokens_of(model.config.vocab_size)).logits[0].numpy()
+    return logits_by_case
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -46,8 +46,8 @@ def test_it_is_verified_in_the_type_it_is_stored_in(
     assert import_llama(source, tmp_path / "checkpoint") == 0
     arguments = ["--checkpoint", str(tmp_path / "checkpoint"), "--out", str(tmp_path / "out"), "--llama-only"]
     assert run_in_rank(export_hf, arguments) == 0
-    told = capfd.readouterr()
-    assert "left out: a tokenizer; the checkpoint's run or import had none" in told.out
+    captured = capfd.readouterr()
+    assert "left out: a tokenizer; the checkpoint's run or import had none" in captured.out
     [row] = json.loads((tmp_path / "out" / "verification.json").read_text())["rows"]
     assert row["max_difference"] < 1e-5 and row["same_choice"] == 1.0
     before, after = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "out"))
@@ -95,10 +95,10 @@ def test_a_value_of_another_type_is_named(
         del config["rope_parameters"]
     (source / "config.json").write_text(json.dumps({**config, key: value}))
     assert import_llama(source, tmp_path / "checkpoint") == 2
-    told = capfd.readouterr().err.splitlines()[-1]
+    message = capfd.readouterr().err.splitlines()[-1]
     inner = {"rope_parameters": "rope_theta", "rope_scaling": "factor"}.get(key, key)
-    assert told.startswith("error: ") and str(source / "config.json") in told and inner in told, told
-    assert "Correct it" in told
+    assert message.startswith("error: ") and str(source / "config.json") in message and inner in message, message
+    assert "Correct it" in message
 
 
 def test_commands_say_nothing_but_their_own(tmp_path: Path) -> None:

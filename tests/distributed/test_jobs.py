@@ -101,16 +101,16 @@ def continued(config: RunConfig, run_dir: Path, first: dict[str, Any], second: d
     return {**done, "losses": losses(run_dir)}
 
 
-def assert_identical(found: dict[str, Any], wanted: dict[str, Any]) -> None:
+def assert_identical(resumed: dict[str, Any], wanted: dict[str, Any]) -> None:
     """Assert that the losses of all steps and the final weights are bit-identical."""
-    assert found["losses"] == wanted["losses"]
-    assert found["weights"].keys() == wanted["weights"].keys()
+    assert resumed["losses"] == wanted["losses"]
+    assert resumed["weights"].keys() == wanted["weights"].keys()
     for name, weight in wanted["weights"].items():
-        np.testing.assert_array_equal(found["weights"][name], weight, err_msg=name)
+        np.testing.assert_array_equal(resumed["weights"][name], weight, err_msg=name)
 
 
-def assert_close(found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    np.testing.assert_allclose(found["losses"], wanted["losses"], rtol=1e-5)
+def assert_close(resumed: dict[str, Any], wanted: dict[str, Any]) -> None:
+    np.testing.assert_allclose(resumed["losses"], wanted["losses"], rtol=1e-5)
 
 
 def test_sft_continues_as_if_it_had_not_stopped(sft: RunConfig, sft_run: dict[str, Any], tmp_path: Path) -> None:
@@ -118,10 +118,10 @@ def test_sft_continues_as_if_it_had_not_stopped(sft: RunConfig, sft_run: dict[st
 
 
 def test_dpo_continues_as_if_it_had_not_stopped(dpo: RunConfig, dpo_run: dict[str, Any], tmp_path: Path) -> None:
-    found = continued(dpo, tmp_path / "run", ONE, ONE)
-    assert_identical(found, dpo_run)
+    resumed = continued(dpo, tmp_path / "run", ONE, ONE)
+    assert_identical(resumed, dpo_run)
     # The second part reads all reference log-probabilities from the file of the first part.
-    assert found["asked"] == 0
+    assert resumed["asked"] == 0
 
 
 def test_a_recomputed_reference_is_the_cached_one(dpo: RunConfig, dpo_run: dict[str, Any], tmp_path: Path) -> None:
@@ -134,18 +134,18 @@ def test_a_recomputed_reference_is_the_cached_one(dpo: RunConfig, dpo_run: dict[
     np.testing.assert_allclose(whole["losses"], dpo_run["losses"], rtol=1e-6)
     assert not (tmp_path / "whole" / "reference").exists()
 
-    found = continued(dpo, tmp_path / "run", ONE, ONE)
-    assert_identical(found, whole)
-    assert found["asked"] == 3
+    resumed = continued(dpo, tmp_path / "run", ONE, ONE)
+    assert_identical(resumed, whole)
+    assert resumed["asked"] == 3
 
 
 @pytest.mark.parametrize(("job", "first", "second"), [("sft", TP2, CP2), ("dpo", PP2, TP2), ("dpo", CP2, PP2)])
 def test_continued_under_another_layout(
     request: pytest.FixtureRequest, tmp_path: Path, job: str, first: dict[str, Any], second: dict[str, Any]
 ) -> None:
-    found = continued(request.getfixturevalue(job), tmp_path / "run", first, second)
-    assert_close(found, request.getfixturevalue(f"{job}_run"))
-    assert job == "sft" or found["asked"] == 0
+    resumed = continued(request.getfixturevalue(job), tmp_path / "run", first, second)
+    assert_close(resumed, request.getfixturevalue(f"{job}_run"))
+    assert job == "sft" or resumed["asked"] == 0
 
 
 def test_another_reference_is_asked_anew(dpo: RunConfig, dpo_run: dict[str, Any], folder: Path) -> None:
@@ -242,8 +242,8 @@ def test_what_does_not_go_on_from_an_sft_run_is_refused(
     sft: RunConfig = request.getfixturevalue("sft")
     config = changed(base, tmp_path / "run", 1, restore_from_path=sft.exp_manager.explicit_log_dir)
     change(config)
-    found, text = run_ranks(1, refused, config)[0]
-    assert found == kind and all(word in text for word in words), text
+    error_type, text = run_ranks(1, refused, config)[0]
+    assert error_type == kind and all(word in text for word in words), text
 
 
 @pytest.fixture(scope="module")

@@ -25,9 +25,9 @@ def gathered(rank_numbers: list[list[float]]) -> tuple[list[list[float]], dict[s
 def test_each_rank_gets_the_numbers_of_all_in_one_exchange(ranks: int) -> None:
     # Bytes of a large host do not fit into 32 bits.
     numbers = [[1.0, 2.0**43 + 1, 0.1], [4.0, 5.0, 0.2]][:ranks]
-    found = run_ranks(ranks, gathered, numbers)
-    assert [every for every, _ in found] == [numbers] * ranks
-    assert [sum(collectives.values()) for _, collectives in found] == [ranks - 1] * ranks
+    rank_results = run_ranks(ranks, gathered, numbers)
+    assert [every for every, _ in rank_results] == [numbers] * ranks
+    assert [sum(collectives.values()) for _, collectives in rank_results] == [ranks - 1] * ranks
 
 
 def test_memory_is_that_of_the_rank_with_the_most() -> None:

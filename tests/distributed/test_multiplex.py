@@ -77,9 +77,9 @@ def separate(data: dict[str, str], tokenizer_folder: str) -> dict[str, Trace]:
     return {name: run_ranks(1, traces, alone(config, name))[0][name] for name in NAMES}
 
 
-def differences(found: dict[str, Trace], separate: dict[str, Trace]) -> dict[str, float]:
-    assert found.keys() == separate.keys()
-    return {name: apart(found[name], trace) for name, trace in separate.items()}
+def differences(joint: dict[str, Trace], separate: dict[str, Trace]) -> dict[str, float]:
+    assert joint.keys() == separate.keys()
+    return {name: apart(joint[name], trace) for name, trace in separate.items()}
 
 
 @pytest.mark.parametrize(
@@ -101,12 +101,12 @@ def test_each_alignment_trains_as_it_does_alone(
     data: dict[str, str], tokenizer_folder: str, separate: dict[str, Trace], world: int, model: dict[str, Any]
 ) -> None:
     config = configuration(data, tokenizer_folder, Path("unused"), world, **model)
-    found = run_ranks(world, traces, config)[0]
-    assert {name: len(trace.losses) for name, trace in found.items()} == {"image": 6, "audio": 2, "video": 6, "imu": 4}
+    joint = run_ranks(world, traces, config)[0]
+    assert {name: len(trace.losses) for name, trace in joint.items()} == {"image": 6, "audio": 2, "video": 6, "imu": 4}
     if world > 1:
         # A layout by itself changes results by rounding.
         separate = {name: run_ranks(world, traces, alone(config, name))[0][name] for name in NAMES}
-    worst = differences(found, separate)
+    worst = differences(joint, separate)
     assert max(worst.values()) < TOLERANCE, worst
 
 
@@ -114,9 +114,9 @@ def test_each_alignment_trains_as_it_does_alone(
 def test_over_a_hundred_steps(data: dict[str, str], tokenizer_folder: str) -> None:
     config = multiplexed_config(data, tokenizer_folder, Path("unused"))
     config.trainer.max_steps = 100
-    found = run_ranks(1, traces, config, timeout=600)[0]
+    joint = run_ranks(1, traces, config, timeout=600)[0]
     separate = {name: run_ranks(1, traces, alone(config, name), timeout=600)[0][name] for name in NAMES}
-    worst = differences(found, separate)
+    worst = differences(joint, separate)
     assert max(worst.values()) < TOLERANCE, worst
 
 
@@ -133,12 +133,12 @@ def test_bit_by_bit_if_packs_hold_one_alignment_each(
 ) -> None:
     config = configuration(equal_lengths, tokenizer_folder, Path("unused"), loss_normalization=normalization)
     config.data.seq_length = LENGTH
-    found = run_ranks(1, traces, config)[0]
+    joint = run_ranks(1, traces, config)[0]
     for name in NAMES:
         trace = run_ranks(1, traces, alone(config, name))[0][name]
-        assert (found[name].losses, found[name].norms) == (trace.losses, trace.norms)
+        assert (joint[name].losses, joint[name].norms) == (trace.losses, trace.norms)
         for key, weight in trace.weights.items():
-            np.testing.assert_array_equal(found[name].weights[key], weight)
+            np.testing.assert_array_equal(joint[name].weights[key], weight)
 
 
 def kill_at(config: RunConfig, step: int) -> None:
@@ -179,11 +179,11 @@ def test_a_killed_run_continues_bit_by_bit(
     for number in killed:
         config.exp_manager.explicit_log_dir = str(tmp_path / str(number))
         kill_at(config, number)
-        found = run_ranks(world, train, config)[0]
-        assert found["losses"] == whole["losses"]
+        resumed = run_ranks(world, train, config)[0]
+        assert resumed["losses"] == whole["losses"]
         assert steps_of(tmp_path / str(number)) == steps_of(tmp_path / "whole")
         for name, weight in whole["weights"].items():
-            np.testing.assert_array_equal(found["weights"][name], weight)
+            np.testing.assert_array_equal(resumed["weights"][name], weight)
 
 
 # Differ between runs: times and memory.
@@ -208,14 +208,14 @@ def test_a_run_continues_from_copies_in_memory_bit_by_bit(
     config.resilience.faults = ["exception:rank=1,step=5"]
     server = MemoryServer(2)
     try:
-        assert all(str(said).startswith("failed") for said in run_ranks(2, attempt, config, server.environment()))
-        found = run_ranks(2, attempt, config, server.environment())[0]
+        assert all(str(outcome).startswith("failed") for outcome in run_ranks(2, attempt, config, server.environment()))
+        resumed = run_ranks(2, attempt, config, server.environment())[0]
     finally:
         server.close()
     assert (tmp_path / "run" / "events.jsonl").read_text().count("from memory, at step 4") == 1
-    assert found["losses"] == whole["losses"]
+    assert resumed["losses"] == whole["losses"]
     for name, weight in whole["weights"].items():
-        np.testing.assert_array_equal(found["weights"][name], weight)
+        np.testing.assert_array_equal(resumed["weights"][name], weight)
 
 
 def test_cached_features_change_nothing(data: dict[str, str], tokenizer_folder: str, tmp_path: Path) -> None:
@@ -236,9 +236,9 @@ def _rate_of_another() -> None:
     def rotated(optimizer: Any, alignments: Any, max_steps: int, step: int) -> dict[str, float]:
         rates = set_rates(optimizer, alignments, max_steps, step)
         groups = optimizer.param_groups
-        found = {group["alignment"]: group["lr"] for group in groups}
+        alignment_rates = {group["alignment"]: group["lr"] for group in groups}
         for group in groups:
-            group["lr"] = found[(group["alignment"] + 1) % len(found)]
+            group["lr"] = alignment_rates[(group["alignment"] + 1) % len(alignment_rates)]
         return rates
 
     set_rates, step.set_alignment_rates = step.set_alignment_rates, rotated
@@ -286,8 +286,8 @@ def test_planted_bugs_are_found(
     data: dict[str, str], tokenizer_folder: str, separate: dict[str, Trace], plant: Callable[[], None]
 ) -> None:
     config = configuration(data, tokenizer_folder, Path("unused"))
-    found = run_ranks(1, traces, config, plant)[0]
-    worst = differences(found, separate)
+    joint = run_ranks(1, traces, config, plant)[0]
+    worst = differences(joint, separate)
     assert max(worst.values()) > 10 * TOLERANCE, worst
 
 

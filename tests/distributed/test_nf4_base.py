@@ -49,7 +49,7 @@ def conversations(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: st
 @pytest.fixture
 def configs(mixed_shards: str, conversations: str, tokenizer_folder: str, tmp_path: Path) -> dict[str, RunConfig]:
     """An alignment run, and an SFT run with adapters."""
-    found = {}
+    runs = {}
     for job, data in (("pretrain", mixed_shards), ("sft", conversations)):
         config = make_config(data, tokenizer_folder, tmp_path / job)
         config.job, config.trainer.max_steps, config.data.seq_length = job, 3, 96
@@ -58,8 +58,8 @@ def configs(mixed_shards: str, conversations: str, tokenizer_folder: str, tmp_pa
         config.model.optim.eps = 1e-2
         if job == "sft":
             config.model.lora = LoraConfig(r=4, alpha=8.0, dropout=0.1)
-        found[job] = config
-    return found
+        runs[job] = config
+    return runs
 
 
 def trained(config: RunConfig, base: str, quantization: str, name: str, **layout: Any) -> dict[str, Any]:
@@ -69,8 +69,8 @@ def trained(config: RunConfig, base: str, quantization: str, name: str, **layout
     for key, value in layout.items():
         setattr(config.model, key, value)
     config.trainer.devices = config.model.model_parallel_size
-    found = run_ranks(config.trainer.devices, train, config)[0]
-    return {**found, "folder": config.exp_manager.explicit_log_dir}
+    results = run_ranks(config.trainer.devices, train, config)[0]
+    return {**results, "folder": config.exp_manager.explicit_log_dir}
 
 
 @pytest.mark.parametrize("job", ["pretrain", "sft"])
@@ -112,7 +112,7 @@ def test_preferences_and_their_reference_equal_those_on_a_plain_base_of_its_valu
     configs: dict[str, RunConfig], base: str, rounded: str, tokenizer_folder: str, tmp_path: Path
 ) -> None:
     pairs = make_conversations(tmp_path / "pairs", tokenizer_folder, 24, pairs=True)
-    found = {}
+    dpo_losses = {}
     for folder, quantization, name in ((base, "nf4", "held"), (rounded, "", "plain")):
         sft = trained(configs["sft"], folder, quantization, name)
         config = copy.deepcopy(configs["sft"])
@@ -120,9 +120,9 @@ def test_preferences_and_their_reference_equal_those_on_a_plain_base_of_its_valu
         config.data.seq_length = 192
         for modality in config.model.modalities.values():
             modality.encoder.freeze = modality.projector.freeze = True
-        found[name] = trained(config, folder, quantization, f"dpo {name}")["losses"]
-    np.testing.assert_allclose(found["held"], found["plain"], rtol=1e-5)
-    assert len(set(found["held"])) == 3
+        dpo_losses[name] = trained(config, folder, quantization, f"dpo {name}")["losses"]
+    np.testing.assert_allclose(dpo_losses["held"], dpo_losses["plain"], rtol=1e-5)
+    assert len(set(dpo_losses["held"])) == 3
 
 
 def test_an_export_adds_the_adapters_to_the_unquantized_base(
@@ -134,12 +134,12 @@ def test_an_export_adds_the_adapters_to_the_unquantized_base(
     out = tmp_path / "model"
     assert run_in_rank(export_hf.main, ["--checkpoint", run["folder"], "--out", str(out)]) == 0
     assert json.loads((out / "verification.json").read_text())
-    source, found = load_file(f"{base}/model.safetensors"), load_file(out / "model.safetensors")
+    source, exported = load_file(f"{base}/model.safetensors"), load_file(out / "model.safetensors")
     name, key = "model.layers.1.mlp.down_proj.weight", "language_model.decoder.layers.1.mlp.linear_fc2.lora.down_proj"
     a, b = (torch.from_numpy(run["weights"][f"{key}.{half}"]).double() for half in "AB")
     delta = 8.0 / 4 * b @ a
     before = source[name].bfloat16()
-    merged = found[f"language_model.{name}"]
+    merged = exported[f"language_model.{name}"]
     torch.testing.assert_close(merged, (before.double() + delta).bfloat16(), rtol=0, atol=0)
     # Merged into NF4, the same change would be lost in the rounding.
     held = rounded_to_nf4(source[name]).double()

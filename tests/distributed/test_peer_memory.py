@@ -47,7 +47,7 @@ def interrupted(config: RunConfig, server: MemoryServer) -> dict[str, Any]:
     """Fail in step FAULT, then run to the end."""
     first = copy.deepcopy(config)
     first.resilience.faults = [f"exception:rank=1,step={FAULT}"]
-    assert all(str(said).startswith("failed") for said in run_ranks(2, attempt, first, server.environment()))
+    assert all(str(outcome).startswith("failed") for outcome in run_ranks(2, attempt, first, server.environment()))
     # Faults are part of the configuration, but each happens once in a run.
     return run_ranks(2, attempt, first, server.environment())[0]
 
@@ -191,10 +191,10 @@ def stopped(config: RunConfig, variables: dict[str, str]) -> Any:
     resume = PeerCopies.resume
 
     def then_stop(copies: PeerCopies) -> bool:
-        found = resume(copies)
+        resumed = resume(copies)
         if os.environ["RANK"] == "0":
             os.kill(os.getpid(), signal.SIGTERM)
-        return found
+        return resumed
 
     PeerCopies.resume = then_stop  # type: ignore[method-assign]
     return attempt(config, variables)

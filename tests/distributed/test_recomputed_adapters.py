@@ -66,8 +66,8 @@ def test_adapters_get_the_same_gradients(kind: str, tokenizer_folder: str, tmp_p
     assert len(without[-1]) == 14 * LAYERS and all(".lora." in name for name in without[-1])
     assert min(np.abs(gradient).max() for gradient in without[-1].values()) > 1e-5
     for setting, steps in zip(FULL, recomputed, strict=True):
-        for expected, found in zip(without, steps, strict=True):
-            assert found.keys() == expected.keys()
+        for expected, actual in zip(without, steps, strict=True):
+            assert actual.keys() == expected.keys()
             for name, gradient in expected.items():
                 rounding = 1e-5 * np.abs(gradient).max()
-                np.testing.assert_allclose(found[name], gradient, rtol=0, atol=rounding, err_msg=f"{setting}: {name}")
+                np.testing.assert_allclose(actual[name], gradient, rtol=0, atol=rounding, err_msg=f"{setting}: {name}")

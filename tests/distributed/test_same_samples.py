@@ -119,7 +119,7 @@ def global_batches(
     replicas, seq_length, workers = layout
     config = copy.deepcopy(config)
     config.data.seq_length = seq_length
-    found: list[list[tuple[int, Content]]] = [[] for _ in range(start, stop)]
+    step_batches: list[list[tuple[int, Content]]] = [[] for _ in range(start, stop)]
     for replica in range(replicas):
         data = replica_data(config, replicas)
         run = steps(
@@ -135,17 +135,17 @@ def global_batches(
         for number, (plan, batches) in enumerate(run):
             assert plan.step == start + number
             assert all(m.tokens.size(1) <= seq_length for m in batches)
-            found[number] += contents(data, batches)
+            step_batches[number] += contents(data, batches)
         assert number == stop - start - 1
-    return [sorted(batch) for batch in found]
+    return [sorted(batch) for batch in step_batches]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "dp{}-seq{}-workers{}".format(*layout))
 def test_every_layout_reads_the_planned_samples(
     layout: tuple[int, int, int], config: RunConfig, expected: list[list[Content]]
 ) -> None:
-    for step, (found, wanted) in enumerate(zip(global_batches(config, layout, 0, STEPS), expected, strict=True)):
-        assert found == list(enumerate(wanted)), f"step {step}"
+    for step, (batch, wanted) in enumerate(zip(global_batches(config, layout, 0, STEPS), expected, strict=True)):
+        assert batch == list(enumerate(wanted)), f"step {step}"
 
 
 def test_twenty_restarts_in_other_layouts_lose_and_repeat_nothing(
@@ -154,13 +154,13 @@ def test_twenty_restarts_in_other_layouts_lose_and_repeat_nothing(
     rng = np.random.default_rng(7)
     restarts = np.sort(rng.choice(np.arange(1, STEPS), size=20, replace=False)).tolist()
     every_layout = list(itertools.product(REPLICAS, SEQ_LENGTHS, WORKERS))
-    found: list[list[tuple[int, Content]]] = []
+    step_batches: list[list[tuple[int, Content]]] = []
     layout = every_layout[0]
     for start, stop in zip([0, *restarts], [*restarts, STEPS]):
-        found += global_batches(config, layout, start, stop)
+        step_batches += global_batches(config, layout, start, stop)
         others = [other for other in every_layout if other != layout]
         layout = others[int(rng.integers(len(others)))]
-    assert found == [list(enumerate(batch)) for batch in expected]
+    assert step_batches == [list(enumerate(batch)) for batch in expected]
 
 
 def test_pack_lengths_differ(config: RunConfig) -> None:

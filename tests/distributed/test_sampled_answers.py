@@ -48,7 +48,7 @@ def test_answers_are_the_same_under_every_layout(tokenizer_folder: str, tmp_path
     config.trainer.sampled_answers, config.trainer.val_check_interval, config.trainer.limit_val_batches = 3, 3, 1
     # Larger weights, so that the answers are not empty.
     config.model.language_model.config["initializer_range"] = 0.4
-    found: list[Any] = []
+    answers: list[Any] = []
     for number, layout in enumerate(
         ({}, {"tensor_model_parallel_size": 2, "sequence_parallel": True}, {"pipeline_model_parallel_size": 2})
     ):
@@ -57,12 +57,12 @@ def test_answers_are_the_same_under_every_layout(tokenizer_folder: str, tmp_path
         part.trainer.devices = 2 if layout else 1
         for name, value in layout.items():
             setattr(part.model, name, value)
-        found.append(run_ranks(part.trainer.devices, answer, part)[0])
-    assert found[0] == found[1] == found[2]
-    rows = [json.loads(line) for line in found[0][0].splitlines()]
+        answers.append(run_ranks(part.trainer.devices, answer, part)[0])
+    assert answers[0] == answers[1] == answers[2]
+    rows = [json.loads(line) for line in answers[0][0].splitlines()]
     assert [(row["step"], row["sample"].partition("/")[0]) for row in rows] == [
         *[(3, "a"), (3, "b"), (3, "b")],
         *[(6, "a"), (6, "b"), (6, "b")],
     ]
     assert all(row["expected"] for row in rows) and any(row["given"] for row in rows)
-    assert [text for _, text, _ in found[0][1]] == [f"expected: {r['expected']}\n\ngiven: {r['given']}" for r in rows]
+    assert [text for _, text, _ in answers[0][1]] == [f"expected: {r['expected']}\n\ngiven: {r['given']}" for r in rows]

@@ -50,8 +50,8 @@ def staged(folders: dict[str, DatasetConfig], tokenizer: str, run_dir: Path, wor
 def whole(folders: dict[str, DatasetConfig], tokenizer_folder: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """An undisturbed run: its results and its folder."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    [found] = run_ranks(1, train, staged(folders, tokenizer_folder, folder))
-    return found, folder
+    [results] = run_ranks(1, train, staged(folders, tokenizer_folder, folder))
+    return results, folder
 
 
 def kill_at(config: RunConfig, step: int) -> None:
@@ -71,10 +71,10 @@ def test_a_killed_run_continues_bit_by_bit(
 ) -> None:
     config = staged(folders, tokenizer_folder, tmp_path)
     kill_at(config, step)
-    [found] = run_ranks(1, train, config)
-    assert found["losses"] == whole[0]["losses"]
+    [resumed] = run_ranks(1, train, config)
+    assert resumed["losses"] == whole[0]["losses"]
     for name, weight in whole[0]["weights"].items():
-        np.testing.assert_array_equal(found["weights"][name], weight)
+        np.testing.assert_array_equal(resumed["weights"][name], weight)
 
 
 @pytest.mark.parametrize("layout", [{}, {"context_parallel_size": 2}])
@@ -86,8 +86,8 @@ def test_a_run_continues_under_another_layout(
     config.trainer.devices = 2
     for name, value in layout.items():
         setattr(config.model, name, value)
-    found = run_ranks(2, train, config)[0]
-    np.testing.assert_allclose(found["losses"], whole[0]["losses"], rtol=1e-5)
+    resumed = run_ranks(2, train, config)[0]
+    np.testing.assert_allclose(resumed["losses"], whole[0]["losses"], rtol=1e-5)
 
 
 def test_the_log_names_the_stages(

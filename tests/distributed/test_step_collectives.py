@@ -66,7 +66,7 @@ OF_LAST_STAGE = {
 def configs(tokenizer_folder: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunConfig]:
     """A run of each job: two layers, and packs that take all samples of a replica."""
     folder = tmp_path_factory.mktemp("collectives")
-    found = {}
+    runs = {}
     for job in JOBS:
         data = folder / job
         if job == "pretrain":
@@ -77,11 +77,11 @@ def configs(tokenizer_folder: str, tmp_path_factory: pytest.TempPathFactory) -> 
         config.job, config.data.seq_length = job, 4096
         config.model.language_model.config["num_hidden_layers"] = 2
         config.model.lora.r = 0 if job == "pretrain" else 2
-        found[job] = config
-    found["dpo"].model.restore_from_path = str(folder)
-    for modality in found["dpo"].model.modalities.values():
+        runs[job] = config
+    runs["dpo"].model.restore_from_path = str(folder)
+    for modality in runs["dpo"].model.modalities.values():
         modality.projector.freeze = modality.encoder.freeze = True
-    return found
+    return runs
 
 
 def second_step(config: RunConfig) -> tuple[dict[str, int], dict[str, int], int]:
@@ -111,10 +111,10 @@ def configured(config: RunConfig, layout: str) -> RunConfig:
 @pytest.mark.parametrize("job", JOBS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_collectives_and_waits(job: str, layout: str, configs: dict[str, RunConfig]) -> None:
-    found = run_ranks(2, second_step, configured(configs[job], layout))
+    counts = run_ranks(2, second_step, configured(configs[job], layout))
     expected = EXPECTED[job, layout]
     of_last = OF_LAST_STAGE.get(job, expected) if layout == "pipeline" else expected
-    for (collectives, waits, micro_batches), wanted in zip(found, (expected, of_last)):
+    for (collectives, waits, micro_batches), wanted in zip(counts, (expected, of_last)):
         assert collectives == wanted and micro_batches == 1
         # For unreadable samples, the sums of the losses and the gradient's norm.
         assert sum(waits.values()) == 3, waits

@@ -114,7 +114,7 @@ def products(config: RunConfig, trains: bool) -> dict[bool, float]:
     after the last attention count tokens with a label."""
     config.model.language_model.freeze = not trains
     state = build(config, initialize(config))
-    planner, found = state.train_data.planner, {}
+    planner, flops = state.train_data.planner, {}
     plan = planner.plan(0)
     decoder: Any = state.models[0].language_model.decoder
     inside = sum(p.numel() for p in decoder.parameters() if p.dim() == 2)
@@ -131,8 +131,8 @@ def products(config: RunConfig, trains: bool) -> dict[bool, float]:
         mm = sum(number for operation, number in of_decoder.items() if "mm" in str(operation))
         media = any(sample.media for sample in micro_batch.samples)
         assert read.label_index is not None and len(read.label_index) < read.tokens.numel()
-        found[media] = mm / ((inside - after) * read.tokens.numel() + after * len(read.label_index))
-    return found
+        flops[media] = mm / ((inside - after) * read.tokens.numel() + after * len(read.label_index))
+    return flops
 
 
 def test_the_backward_pass_is_not_made(config: RunConfig) -> None:

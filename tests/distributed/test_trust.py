@@ -94,9 +94,9 @@ def each(run: Path, out: Path, *only: str) -> dict[str, tuple[int, str]]:
     for name, (function, arguments) in commands(run, out).items():
         if only and name not in only:
             continue
-        said = io.StringIO()
-        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-            results[name] = function(arguments), said.getvalue()
+        output = io.StringIO()
+        with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
+            results[name] = function(arguments), output.getvalue()
     return results
 
 
@@ -113,10 +113,10 @@ def test_code_in_metadata_is_refused_by_every_reader(run: Path, tmp_path: Path) 
     bad = changed(run, tmp_path / "bad", files={".metadata": pickle.dumps(metadata)})
     (tmp_path / "export").mkdir()
     (tmp_path / "export" / "config.json").write_text('{"model_type": "anymal"}')
-    for name, (code, said) in run_ranks(1, each, bad, tmp_path)[0].items():
+    for name, (code, output) in run_ranks(1, each, bad, tmp_path)[0].items():
         # `verify` finds that the export is not valid before it reads the checkpoint.
-        assert code == (1 if name == "verify" else 2), (name, said)
-        assert name == "verify" or "refers to posix.mkdir" in said, (name, said)
+        assert code == (1 if name == "verify" else 2), (name, output)
+        assert name == "verify" or "refers to posix.mkdir" in output, (name, output)
     with pytest.raises(pytest.fail.Exception, match=r"refers to posix\.mkdir"):
         run_ranks(1, resume, bad)
     assert not (tmp_path / "marker").exists()
@@ -124,10 +124,10 @@ def test_code_in_metadata_is_refused_by_every_reader(run: Path, tmp_path: Path) 
 
 def test_code_in_common_is_refused(run: Path, tmp_path: Path) -> None:
     bad = changed(run, tmp_path / "bad", files={"common.pt": bytes_of({"step": MakeFolder(tmp_path / "marker")})})
-    told = run_ranks(1, each, bad, tmp_path, "generate", "reshard")[0]
-    assert len(told) == 2
-    for name, (code, said) in told.items():
-        assert code == 2 and "common.pt" in said and "posix.mkdir" in said, (name, said)
+    results = run_ranks(1, each, bad, tmp_path, "generate", "reshard")[0]
+    assert len(results) == 2
+    for name, (code, output) in results.items():
+        assert code == 2 and "common.pt" in output and "posix.mkdir" in output, (name, output)
     with pytest.raises(pytest.fail.Exception, match=r"posix\.mkdir"):
         run_ranks(1, resume, bad)
     assert not (tmp_path / "marker").exists()
@@ -147,11 +147,11 @@ def test_plugins_of_a_checkpoint_need_the_flag(run: Path, tmp_path: Path) -> Non
     bad, plugin, marker = plugged(run, tmp_path)
     (tmp_path / "export").mkdir()
     (tmp_path / "export" / "config.json").write_text('{"model_type": "anymal"}')
-    told = run_ranks(1, each, bad, tmp_path)[0]
-    assert told.pop("inspect")[0] == 0
-    for name, (code, said) in told.items():
-        assert code == 2 and said.count("\n") == 1, (name, said)
-        assert str(plugin) in said and "--trust-plugins" in said and str(bad) in said, (name, said)
+    results = run_ranks(1, each, bad, tmp_path)[0]
+    assert results.pop("inspect")[0] == 0
+    for name, (code, output) in results.items():
+        assert code == 2 and output.count("\n") == 1, (name, output)
+        assert str(plugin) in output and "--trust-plugins" in output and str(bad) in output, (name, output)
     llama = [f"--checkpoint={bad}", f"--out={tmp_path}/llama", "--llama-only"]
     assert run_in_rank(export_hf.main, llama) == 0
     assert not marker.exists()

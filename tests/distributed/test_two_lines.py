@@ -50,9 +50,9 @@ def run_with(python: str, *arguments: str) -> str:
 def pythons() -> dict[str, str]:
     """Release of megatron-core -> a Python that has it."""
     code = "from importlib.metadata import version; print(version('megatron-core'))"
-    found = {run_with(python, "-c", code).strip(): python for python in (sys.executable, OTHER)}
-    assert found.keys() == {line.version for line in LINES}
-    return found
+    interpreters = {run_with(python, "-c", code).strip(): python for python in (sys.executable, OTHER)}
+    assert interpreters.keys() == {line.version for line in LINES}
+    return interpreters
 
 
 def train_with(python: str, config: RunConfig, folder: Path, steps: int) -> list[float]:

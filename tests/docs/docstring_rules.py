@@ -119,11 +119,11 @@ def _returns(node: Function) -> str:
 @cache
 def modules() -> dict[str, Path]:
     """Dotted name -> file of every module of the package."""
-    found = {}
+    files = {}
     for path in sorted(PACKAGE.rglob("*.py")):
         parts = path.relative_to(ROOT).with_suffix("").parts
-        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return found
+        files[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return files
 
 
 @cache

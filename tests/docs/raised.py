@@ -27,20 +27,20 @@ def ancestors() -> dict[str, set[str]]:
         for node in tree(module).body
         if isinstance(node, ast.ClassDef)
     }
-    found = {
+    builtin_ancestors = {
         name: {x.__name__ for x in value.__mro__}
         for name, value in vars(builtins).items()
         if isinstance(value, type) and issubclass(value, BaseException)
     }
 
     def chain(name: str) -> set[str]:
-        return found.get(name) or {name}.union(*(chain(base) for base in bases.get(name, ())))
+        return builtin_ancestors.get(name) or {name}.union(*(chain(base) for base in bases.get(name, ())))
 
-    return found | {name: chain(name) for name in bases if "BaseException" in chain(name)}
+    return builtin_ancestors | {name: chain(name) for name in bases if "BaseException" in chain(name)}
 
 
 @dataclass(frozen=True)
-class _Place:
+class _Scope:
     """Where a statement stands."""
 
     # Class of the method; "" in a function.
@@ -83,10 +83,10 @@ class Raised:
 
     def by(self, name: str, calls: frozenset[str] = frozenset()) -> set[str]:
         """Names of the exceptions that a function, or a method as "Class.method", lets out."""
-        place = f"{self._module}.{name}"
-        if place in calls:
+        call = f"{self._module}.{name}"
+        if call in calls:
             return set()
-        return self._in(self.functions[name].body, _Place(name.rpartition(".")[0], calls | {place}))
+        return self._in(self.functions[name].body, _Scope(name.rpartition(".")[0], calls | {call}))
 
     def _find(self, name: str) -> tuple[Raised, str] | None:
         """Module and name of the function, method or constructor that is called as `name` here."""
@@ -100,53 +100,53 @@ class Raised:
         module, _, imported = full.rpartition(".")
         return Raised.of(module)._find(f"{imported}.{rest}".rstrip(".")) if module in modules() else None
 
-    def _in(self, nodes: Iterable[ast.AST], place: _Place) -> set[str]:
-        return set().union(*(self._by_statement(node, place) for node in nodes))
+    def _in(self, nodes: Iterable[ast.AST], scope: _Scope) -> set[str]:
+        return set().union(*(self._by_statement(node, scope) for node in nodes))
 
-    def _by_statement(self, node: ast.AST, place: _Place) -> set[str]:
+    def _by_statement(self, node: ast.AST, scope: _Scope) -> set[str]:
         match node:
             case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.Lambda() | ast.ClassDef():
                 return set()
             case ast.Try():
-                return self._by_try(node, place)
+                return self._by_try(node, scope)
             case ast.With():
                 calls = [x.context_expr for x in node.items if isinstance(x.context_expr, ast.Call)]
                 hidden = {ast.unparse(a) for c in calls if ast.unparse(c.func).endswith("suppress") for a in c.args}
-                return _less(self._in(node.items, place) | self._in(node.body, place), hidden)
-            case ast.If(test=ast.Call(func=ast.Name("isinstance"), args=[ast.Name(x), kind])) if x in place.caught:
-                narrowed = dataclasses.replace(place, handled=self._types(kind))
-                return self._in(node.body, narrowed) | self._in(node.orelse, place)
-        found = self._in(ast.iter_child_nodes(node), place)
+                return _less(self._in(node.items, scope) | self._in(node.body, scope), hidden)
+            case ast.If(test=ast.Call(func=ast.Name("isinstance"), args=[ast.Name(x), kind])) if x in scope.caught:
+                narrowed = dataclasses.replace(scope, handled=self._types(kind))
+                return self._in(node.body, narrowed) | self._in(node.orelse, scope)
+        errors = self._in(ast.iter_child_nodes(node), scope)
         if isinstance(node, ast.Raise):
-            found |= self._raised(node.exc, place)
+            errors |= self._raised(node.exc, scope)
         if isinstance(node, ast.Call):
-            found |= self._by_call(re.sub(r"^(?:self|cls)\.", f"{place.owner}.", ast.unparse(node.func)), place)
-        return found
+            errors |= self._by_call(re.sub(r"^(?:self|cls)\.", f"{scope.owner}.", ast.unparse(node.func)), scope)
+        return errors
 
-    def _by_call(self, name: str, place: _Place) -> set[str]:
-        if (found := self._find(name)) is None:
+    def _by_call(self, name: str, scope: _Scope) -> set[str]:
+        if (callee := self._find(name)) is None:
             return set()
-        source, called = found
-        errors = source.by(called, place.calls)
+        source, called = callee
+        errors = source.by(called, scope.calls)
         return errors if source is self else {error for error in errors if not hasattr(builtins, error)}
 
-    def _by_try(self, node: ast.Try, place: _Place) -> set[str]:
-        found = self._in(node.body, place)
+    def _by_try(self, node: ast.Try, scope: _Scope) -> set[str]:
+        errors = self._in(node.body, scope)
         for handler in node.handlers:
             types = self._types(handler.type)
-            names = {**place.caught, **({handler.name: types} if handler.name else {})}
-            within = self._in(handler.body, dataclasses.replace(place, caught=names, handled=types))
-            found = _less(found, set(types)) | within
-        return found | self._in([*node.orelse, *node.finalbody], place)
+            names = {**scope.caught, **({handler.name: types} if handler.name else {})}
+            within = self._in(handler.body, dataclasses.replace(scope, caught=names, handled=types))
+            errors = _less(errors, set(types)) | within
+        return errors | self._in([*node.orelse, *node.finalbody], scope)
 
-    def _raised(self, exc: ast.expr | None, place: _Place) -> set[str]:
+    def _raised(self, exc: ast.expr | None, scope: _Scope) -> set[str]:
         """Types of `raise exc`, if they can be told; of a function that makes the exception, what it returns."""
         if exc is None:
-            return set(place.handled) & ancestors().keys()
+            return set(scope.handled) & ancestors().keys()
         name = ast.unparse(exc.func if isinstance(exc, ast.Call) else exc).rpartition(".")[2]
-        if name in place.caught:
-            return set(place.caught[name]) & ancestors().keys()
-        maker = self.functions.get(f"{place.owner}.{name}", self.functions.get(name))
+        if name in scope.caught:
+            return set(scope.caught[name]) & ancestors().keys()
+        maker = self.functions.get(f"{scope.owner}.{name}", self.functions.get(name))
         if isinstance(exc, ast.Call) and maker and maker.returns:
             name = ast.unparse(maker.returns)
         return {name} & ancestors().keys()
@@ -161,5 +161,5 @@ class Raised:
         return self._types(self._groups[name]) if name in self._groups else (name.rpartition(".")[2],)
 
 
-def _less(found: set[str], caught: set[str]) -> set[str]:
-    return {name for name in found if not ancestors()[name] & caught}
+def _less(errors: set[str], caught: set[str]) -> set[str]:
+    return {name for name in errors if not ancestors()[name] & caught}

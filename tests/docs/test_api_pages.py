@@ -64,8 +64,8 @@ def on_pages() -> list[tuple[str, Path]]:
 
 def without_error(item: Definition) -> Iterator[str]:
     """Exceptions that are raised and not named: neither they nor a base class of the package or of Python."""
-    found = raised_by(item) - NOT_ERRORS
-    for error in sorted(found - NEVER_RAISED.get(short(item), (set(), ""))[0]):
+    errors = raised_by(item) - NOT_ERRORS
+    for error in sorted(errors - NEVER_RAISED.get(short(item), (set(), ""))[0]):
         names = ancestors()[error] - {"Exception", "BaseException", "object"}
         if not any(re.search(rf"\b{name}\b", item.doc.text) for name in names):
             yield f"{item}: raises {error}"

@@ -85,11 +85,11 @@ def test_the_page(tmp_path: Path) -> None:
     for command in commands(PAGE):
         [name] = [word.partition("/")[0] for word in command.split()[4:5]]
         _, folder, (used, left_out, filtered) = DATA[name]
-        said = run(command, tmp_path)
+        output = run(command, tmp_path)
         assert len(ShardIndex(str(tmp_path / folder))) == used, command
         total = used + left_out + filtered
         counts = f"{total} samples in = {used} used + {left_out} left out + {filtered} filtered"
-        assert counts in said, f"{command}\n{said}"
+        assert counts in output, f"{command}\n{output}"
         ran.add(name)
     assert ran == DATA.keys()
     _train_ten_steps(tokenizer, {name: str(tmp_path / folder) for name, (_, folder, _) in DATA.items()}, tmp_path)

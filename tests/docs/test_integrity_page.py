@@ -41,5 +41,5 @@ def test_commands_run_and_the_file_can_be_read(mixed_shards: str, tokenizer_fold
         given["classifiers"][name] |= {"path": path, "labels": labels}
     given["classifiers"]["pair"]["path"] = "runs/mine"
     (tmp_path / "page.yaml").write_text(yaml.safe_dump(given))
-    found = read_integrity(str(tmp_path / "page.yaml"))
-    assert found.unchecked_media == ["audio", "imu"] and set(found.of_stage("input_text")) == {"words"}
+    integrity = read_integrity(str(tmp_path / "page.yaml"))
+    assert integrity.unchecked_media == ["audio", "imu"] and set(integrity.of_stage("input_text")) == {"words"}

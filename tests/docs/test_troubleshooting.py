@@ -32,7 +32,7 @@ def rows() -> list[list[str]]:
 def quoted() -> list[str]:
     """Messages in first columns and in the list items that begin with one."""
     items = [line for line in PAGE.splitlines() if line.startswith('- `"')]
-    return [found[2] for text in [*(row[0] for row in rows()), *items] for found in MESSAGE.finditer(text)]
+    return [match[2] for text in [*(row[0] for row in rows()), *items] for match in MESSAGE.finditer(text)]
 
 
 def constants(node: ast.AST) -> Iterator[str]:

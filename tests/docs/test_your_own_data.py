@@ -58,13 +58,13 @@ def test_the_page(tmp_path: Path) -> None:
     *_, last = (tmp_path / "photos" / "train.jsonl").read_text().splitlines()
     assert json.loads(last)["parts"][1] == {"text": " ein grünes Quadrat, zweizeilig"}
     rehearsal, on_gpus = PAGE.split("## 3. Train on one GPU")
-    said = {line: run(line, tmp_path) for line in commands(rehearsal)}
-    prepared = next(text for line, text in said.items() if "--out data/image_text " in line)
+    outputs = {line: run(line, tmp_path) for line in commands(rehearsal)}
+    prepared = next(text for line, text in outputs.items() if "--out data/image_text " in line)
     assert "49 samples, 49 media items, 0 left out" in prepared and "98 members = 98 used" in prepared
-    trained = next(text for line, text in said.items() if line.startswith("anymal launch"))
+    trained = next(text for line, text in outputs.items() if line.startswith("anymal launch"))
     assert re.search(r"step 40/40  loss [\d.]+  \[image [\d.]+ of \d+\]  [\d,]+ tokens/s  data wait", trained)
     assert "exit code 0, the run is complete" in trained
-    answers = [text.splitlines()[-1] for line, text in said.items() if line.startswith("anymal generate")]
+    answers = [text.splitlines()[-1] for line, text in outputs.items() if line.startswith("anymal generate")]
     # The export answers what the checkpoint does.
     assert len(answers) == 2 and answers[0] == answers[1] != ""
     for line in commands(on_gpus):

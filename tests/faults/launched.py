@@ -95,8 +95,8 @@ def rank_processes(launcher: int) -> dict[int, int]:
     # Those that the standby process forked have a name; torchrun's own have a variable.
     named = {int(p.name().split()[-1]): p.pid for p in below if p.name().startswith("anymal rank ")}
     started = [ranks_below(child.pid) for child in psutil.Process(launcher).children()]
-    found = {rank: pid for ranks in (*started, named) for rank, pid in ranks.items()}
-    return {rank: pid for rank, pid in found.items() if catches(pid, signal.SIGUSR1)}
+    pids = {rank: pid for ranks in (*started, named) for rank, pid in ranks.items()}
+    return {rank: pid for rank, pid in pids.items() if catches(pid, signal.SIGUSR1)}
 
 
 def faults(*described: str) -> str:
@@ -110,13 +110,13 @@ def final_state(run: Path) -> dict[str, torch.Tensor]:
     assert folder is not None and not problems, problems
     reader = dcp.FileSystemReader(str(folder))
     metadata = reader.read_metadata().state_dict_metadata
-    found = {
+    tensors = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in metadata.items()
         if isinstance(entry, dcp.metadata.TensorStorageMetadata)
     }
-    dcp.load(found, storage_reader=reader, no_dist=True)
-    return found
+    dcp.load(tensors, storage_reader=reader, no_dist=True)
+    return tensors
 
 
 def differences(run: Path, other: Path) -> list[str]:

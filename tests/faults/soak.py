@@ -72,13 +72,13 @@ def main() -> int:
     kind = partial(NodesSoak, nodes=options.nodes) if options.nodes > 1 else partial(Soak, kinds=kinds)
     soak = kind(folder, options.processes, random.Random(options.seed), options.seconds_between)
     soak.run(options.minutes * 60)
-    found = soak.compare()
+    statistics = soak.compare()
     if options.out:
         command = " ".join(["python -m soak", *sys.argv[1:]])
         options.out.write_text(
-            json.dumps({"command": command, **around, **vars(options), **found}, default=str, indent=1)
+            json.dumps({"command": command, **around, **vars(options), **statistics}, default=str, indent=1)
         )
-    return 1 if found["steps_that_differ"] or found["tensors_that_differ"] else 0
+    return 1 if statistics["steps_that_differ"] or statistics["tensors_that_differ"] else 0
 
 
 class Soak:
@@ -137,7 +137,7 @@ class Soak:
         events = read(self.run_dir)
         spent = effective_time(self.run_dir, events, complete=True, kept=reached)
         undisturbed = effective_time(alone, read(alone), complete=True, kept=reached)
-        found = {
+        statistics = {
             "faults": dict(self.done),
             "launchers_exit_codes": dict(self.codes),
             "attempts": len([event for event in events if event["kind"] == "start" and event["rank"] < 0]),
@@ -149,9 +149,9 @@ class Soak:
             "productive_seconds": spent.productive,
             "wall_seconds": spent.wall,
         }
-        for name, value in found.items():
+        for name, value in statistics.items():
             print(f"{name.replace('_', ' ')}: {value}", flush=True)
-        return found
+        return statistics
 
     def _launch(self) -> subprocess.Popen[bytes]:
         log = self.folder / "soaked.log"

@@ -52,13 +52,13 @@ def saved(run: Path) -> list[int]:
 def train_and_tell(config: RunConfig, disturb: Callable[[Path], None] = lambda folder: None) -> tuple[str, str]:
     """In a rank: train, and return the output and the error that ended the run."""
     disturb(Path(config.exp_manager.explicit_log_dir) / "checkpoints")
-    said, error = io.StringIO(), ""
-    with contextlib.redirect_stdout(said):
+    output, error = io.StringIO(), ""
+    with contextlib.redirect_stdout(output):
         try:
             train(config)
         except CheckpointError as failure:
             error = str(failure)
-    return said.getvalue(), error
+    return output.getvalue(), error
 
 
 def refuse(rank: int, code: int, kind: str, steps: tuple[int, ...], name: str = "") -> Callable[[Path], None]:
@@ -101,14 +101,14 @@ def test_training_goes_on_and_tries_again(config: RunConfig, fault: str, tmp_pat
     config.exp_manager.checkpoint.keep_last = 1
     ended = run_ranks(processes, train_and_tell, config, refuse(rank, code, kind, (6,), name))
     assert [error for _, error in ended] == [""] * processes
-    said = ended[0][0]
+    output = ended[0][0]
     # The warning names the checkpoint, the reason and what happens next. The older checkpoint stays until the newer is
     # committed.
-    [warning] = [line for line in said.splitlines() if line.startswith("warning") and "checkpoints" in line]
+    [warning] = [line for line in output.splitlines() if line.startswith("warning") and "checkpoints" in line]
     for words in ("step_00000006 could not be written", os.strerror(code), "Nothing older was deleted", "next attempt"):
         assert words in warning, warning
     assert (f"rank {rank}: " in warning) == (processes > 1)
-    assert said.index("step 6/9") < said.index(warning) and "step 7/9" in said and "saved" in said
+    assert output.index("step 6/9") < output.index(warning) and "step 7/9" in output and "saved" in output
     assert saved(tmp_path / "run") == [9]
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000009"]
     assert store.newest_valid(tmp_path / "run" / "checkpoints")[1] == []
@@ -117,8 +117,8 @@ def test_training_goes_on_and_tries_again(config: RunConfig, fault: str, tmp_pat
 @pytest.mark.slow
 def test_older_ones_stay_while_newer_ones_fail(config: RunConfig, tmp_path: Path) -> None:
     config.exp_manager.checkpoint.keep_last = 1
-    said, error = run_ranks(1, train_and_tell, config, refuse(0, errno.ENOSPC, "write", (6, 9)))[0]
-    assert said.count("could not be written") == 2 and "step 9/9" in said
+    output, error = run_ranks(1, train_and_tell, config, refuse(0, errno.ENOSPC, "write", (6, 9)))[0]
+    assert output.count("could not be written") == 2 and "step 9/9" in output
     # The last save failed, so the run fails and names the newest checkpoint left.
     assert "last checkpoint could not be written" in error and "No space left on device" in error
     assert str(tmp_path / "run" / "checkpoints" / "step_00000003") in error and "start" in error
@@ -126,16 +126,16 @@ def test_older_ones_stay_while_newer_ones_fail(config: RunConfig, tmp_path: Path
     whole = copy.deepcopy(config)
     whole.exp_manager.explicit_log_dir = str(tmp_path / "whole")
     run_ranks(1, train, whole)
-    said, error = run_ranks(1, train_and_tell, config)[0]
-    assert "at step 3" in said and not error
+    output, error = run_ranks(1, train_and_tell, config)[0]
+    assert "at step 3" in output and not error
     assert figures(tmp_path / "run") == figures(tmp_path / "whole")
 
 
 @pytest.mark.slow
 def test_old_checkpoints_that_cannot_be_deleted_stay(config: RunConfig, tmp_path: Path) -> None:
     config.exp_manager.checkpoint.keep_last = 1
-    said, error = run_ranks(1, train_and_tell, config, refuse(0, errno.EIO, "rename", (3,), "step_00000003"))[0]
-    assert not error and "old checkpoints could not be deleted" in said and "saved" in said
+    output, error = run_ranks(1, train_and_tell, config, refuse(0, errno.EIO, "rename", (3,), "step_00000003"))[0]
+    assert not error and "old checkpoints could not be deleted" in output and "saved" in output
     assert saved(tmp_path / "run") == [3, 9]
 
 
@@ -239,11 +239,11 @@ def slow_disk(config: RunConfig) -> tuple[str, str]:
 
 def test_training_goes_on_meanwhile_and_a_newer_save_waits(config: RunConfig, tmp_path: Path) -> None:
     config.trainer.devices = 2
-    said, error = run_ranks(2, slow_disk, config)[0]
+    output, error = run_ranks(2, slow_disk, config)[0]
     assert not error and saved(tmp_path / "run") == [6, 9]
-    first, again = (said.index(words) for words in ("checkpoints/step_00000003 in", "waiting for"))
-    assert said.index("step 6/9") < again < first, said
-    assert said.count("waiting for") == 3 and said.count("saved ") == 3
+    first, again = (output.index(words) for words in ("checkpoints/step_00000003 in", "waiting for"))
+    assert output.index("step 6/9") < again < first, output
+    assert output.count("waiting for") == 3 and output.count("saved ") == 3
 
 
 def test_in_the_background_or_not_the_files_are_the_same(config: RunConfig, tmp_path: Path) -> None:
@@ -256,8 +256,8 @@ def test_in_the_background_or_not_the_files_are_the_same(config: RunConfig, tmp_
         one = copy.deepcopy(config)
         one.exp_manager.checkpoint.async_save = kind
         one.exp_manager.explicit_log_dir = str(tmp_path / str(kind))
-        said = run_ranks(2, slow_disk, one)[0][0]
-        assert ("waiting for" in said) == kind
+        output = run_ranks(2, slow_disk, one)[0][0]
+        assert ("waiting for" in output) == kind
         # The writing takes 0.3 s or more, and what the next save waits of it is not counted.
         stalls = [(e["stalled"], e["seconds"]) for e in events.read(tmp_path / str(kind)) if e["kind"] == "saved"]
         assert len(stalls) == 2 and all((stalled < seconds - 0.25) == kind for stalled, seconds in stalls)
@@ -316,15 +316,15 @@ def test_what_is_damaged_is_named_and_an_older_one_taken(config: RunConfig, tmp_
         for name in ("step_", "step_x", "step_-0000001", "stepp_00000010"):
             (run / "checkpoints" / name).mkdir()
         (run / "checkpoints" / "step_00000012").write_text("a file")
-    found = run_ranks(4, find, runs)
-    assert all(one == found[0] for one in found)
-    for run, (_, words), (folder, problems) in zip(runs, DAMAGE.values(), found[0]):
+    newest_by_rank = run_ranks(4, find, runs)
+    assert all(one == newest_by_rank[0] for one in newest_by_rank)
+    for run, (_, words), (folder, problems) in zip(runs, DAMAGE.values(), newest_by_rank[0]):
         assert folder == run / "checkpoints" / "step_00000006"
         assert len(problems) == 1 and "step_00000009" in problems[0] and words in problems[0]
     config.exp_manager.explicit_log_dir = str(runs[0])
-    said, _ = run_ranks(4, train_and_tell, config)[0]
-    [warning] = [line for line in said.splitlines() if line.startswith("warning") and "checkpoints" in line]
-    assert found[0][0][1][0] in warning and "older checkpoint" in warning and "at step 6" in said
+    output, _ = run_ranks(4, train_and_tell, config)[0]
+    [warning] = [line for line in output.splitlines() if line.startswith("warning") and "checkpoints" in line]
+    assert newest_by_rank[0][0][1][0] in warning and "older checkpoint" in warning and "at step 6" in output
     assert figures(runs[0]) == figures(tmp_path / "run")
     assert store.newest_valid(runs[0] / "checkpoints") == (runs[0] / "checkpoints" / "step_00000009", [])
     for folder in store.committed(runs[1] / "checkpoints"):

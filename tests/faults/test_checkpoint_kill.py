@@ -60,7 +60,9 @@ def kill_in_forks(base: Path, snapshot: Snapshot, manifest: Manifest, rules: Any
         checkpoints = run / "checkpoints"
         disk = Disk(checkpoints, meet)
         writer = CheckpointWriter(checkpoints, rules, print, guard=lambda: None)
-        folders = (place(checkpoints, manifest.step) for place in (store.staging_folder, store.committed_folder))
+        folders = (
+            folder_of(checkpoints, manifest.step) for folder_of in (store.staging_folder, store.committed_folder)
+        )
         # A save number that is unique in this process.
         save = Save(10_000 + os.getpid(), manifest, *folders, snapshot, "", 0.0)
         disk.install()

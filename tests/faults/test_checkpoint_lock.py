@@ -37,8 +37,10 @@ def test_a_second_job_is_refused_and_a_killed_ones_folder_taken_over(config: Run
         names = {path.name for path in (tmp_path / "run").iterdir()}
         [second] = start(tmp_path, run, "pretrain", 1, tmp_path / "second.log")
         assert second.wait(120) > 0
-        told = (tmp_path / "second.log").read_text()
-        assert "is in use by process" in told and str(first.pid) in told and "exp_manager.explicit_log_dir" in told
+        output = (tmp_path / "second.log").read_text()
+        assert (
+            "is in use by process" in output and str(first.pid) in output and "exp_manager.explicit_log_dir" in output
+        )
         # The second job did not touch the folder, including NeMo's files.
         assert {path.name for path in (tmp_path / "run").iterdir()} >= names and first.poll() is None
         assert not list((tmp_path / "run").glob("run_*"))
@@ -46,8 +48,8 @@ def test_a_second_job_is_refused_and_a_killed_ones_folder_taken_over(config: Run
         kill(first)
     step = store.step_of(store.committed(tmp_path / "run" / "checkpoints")[0])
     more, third = (f"trainer.max_steps={step + 1}", "model.optim.sched.decay_steps=100000"), tmp_path / "third.log"
-    told = finish(start(tmp_path, run, "pretrain", 1, third, *more), third)
-    assert "taking over" in told and str(first.pid) in told and f"at step {step}" in told
+    output = finish(start(tmp_path, run, "pretrain", 1, third, *more), third)
+    assert "taking over" in output and str(first.pid) in output and f"at step {step}" in output
     assert not (tmp_path / "run" / LOCK).exists()
 
 
@@ -63,8 +65,8 @@ def test_every_rank_is_refused_and_a_crashed_machines_lock_taken_over(config: Ru
     lock = tmp_path / "run" / LOCK
     lock.parent.mkdir()
     lock.write_text(json.dumps(vars(owner)))
-    told = run_ranks(2, refused, config)
-    assert told[0] == told[1] and f"process {owner.pid} on" in told[0]
+    messages = run_ranks(2, refused, config)
+    assert messages[0] == messages[1] and f"process {owner.pid} on" in messages[0]
     lock.write_text(json.dumps({**vars(owner), "host": "node7"}))
     config.exp_manager.lock_timeout_seconds = 1.0
     run_ranks(2, train, config)
@@ -94,7 +96,7 @@ def taken_over(config: RunConfig) -> str:
 @pytest.mark.slow
 def test_a_job_that_was_taken_over_stops_on_every_rank(config: RunConfig, tmp_path: Path) -> None:
     config.trainer.devices, config.trainer.max_steps = 2, 100
-    told = run_ranks(2, taken_over, config)
-    assert told[0] == told[1] and "taken over by process" in told[0] and "node7" in told[0]
+    messages = run_ranks(2, taken_over, config)
+    assert messages[0] == messages[1] and "taken over by process" in messages[0] and "node7" in messages[0]
     assert store.newest_valid(tmp_path / "run" / "checkpoints") == (None, [])
     assert (tmp_path / "run" / LOCK).is_file()

@@ -268,8 +268,8 @@ def test_a_faulty_source_is_named_in_one_line(
     capsys.readouterr()
     for where, overwrite in ((out, ["--overwrite"]), (tmp_path / "new", [])):
         assert import_hf(["--hf", str(source), "--out", str(where), *overwrite]) == 2
-        said = capsys.readouterr().err
-        [line] = [line for line in said.splitlines() if not line.startswith("importing")]
+        stderr = capsys.readouterr().err
+        [line] = [line for line in stderr.splitlines() if not line.startswith("importing")]
         assert line.startswith("error: ") and named in line, line
     assert contents(out) == before and not (tmp_path / "new").exists()
 
@@ -299,8 +299,8 @@ def test_a_disk_that_fills_up_keeps_what_is_done(
 
     monkeypatch.setattr(safetensors_io, "io", types.SimpleNamespace(FileIO=FullDisk))
     assert import_hf(["--hf", str(source), "--out", str(out), "--processes", "1"]) == 2
-    said = capsys.readouterr().err
-    assert f"the disk of --out='{out}' is full. Free up space and run the command again to resume." in said
+    stderr = capsys.readouterr().err
+    assert f"the disk of --out='{out}' is full. Free up space and run the command again to resume." in stderr
     assert not out.exists()
     monkeypatch.undo()
     assert import_hf(["--hf", str(source), "--out", str(out)]) == 0

@@ -321,11 +321,11 @@ def test_two_nodes_start_again_together(tmp_path: Path) -> None:
     run, port = tmp_path / "run", free_port()
     nodes = [start_node(node, port, 100, run, "8", "1:3:kill:1", "0:5:stop:2") for node in (0, 1)]
     try:
-        said = [node.communicate(timeout=200)[0] for node in nodes]
+        outputs = [node.communicate(timeout=200)[0] for node in nodes]
     finally:
         for node in nodes:
             node.kill()
-    assert [node.returncode for node in nodes] == [Exit.DONE, Exit.DONE], "\n".join(said)
+    assert [node.returncode for node in nodes] == [Exit.DONE, Exit.DONE], "\n".join(outputs)
     assert [event["attempt"] for event in told(run, "start")] == [1, 2, 3]
     assert [(e["rank"], e["signal"]) for e in told(run, "death") if "signal" in e] == [(1, 9)]
     # Each node only sees its own ranks. The other node's rank waits in a collective and may be blamed as well, but the
@@ -339,8 +339,8 @@ def test_two_nodes_start_again_together(tmp_path: Path) -> None:
 @pytest.mark.timeout(240)
 def test_a_node_that_does_not_come_is_named(tmp_path: Path) -> None:
     node = start_node(0, free_port(), 2, tmp_path / "run", "8")
-    said = node.communicate(timeout=100)[0]
-    assert node.returncode == Exit.CRASH and "node 1 of 2 did not join within 2 s" in said
+    output = node.communicate(timeout=100)[0]
+    assert node.returncode == Exit.CRASH and "node 1 of 2 did not join within 2 s" in output
     node = start_node(1, free_port(), 2, tmp_path / "run", "8")
-    said = node.communicate(timeout=100)[0]
-    assert node.returncode == Exit.CRASH and "node 0's launcher cannot be reached" in said
+    output = node.communicate(timeout=100)[0]
+    assert node.returncode == Exit.CRASH and "node 0's launcher cannot be reached" in output

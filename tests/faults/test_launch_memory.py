@@ -36,9 +36,9 @@ def whole(folder: Path, processes: int) -> Path:
 
 
 def resumed_at(run: Path) -> list[int]:
-    found = [event for event in told(run, "resume")]
-    assert all(event["text"].startswith("from memory") for event in found), found
-    return [event["step"] for event in found]
+    events = [event for event in told(run, "resume")]
+    assert all(event["text"].startswith("from memory") for event in events), events
+    return [event["step"] for event in events]
 
 
 @pytest.mark.timeout(280)

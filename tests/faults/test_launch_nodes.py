@@ -81,6 +81,6 @@ def test_a_launcher_is_killed_and_started_again(folder: Path, whole: Path, node:
     nodes.processes[node] = nodes.start(node)
     nodes.finish()
     assert_same(run, whole)
-    said = nodes.logs[1 - node].read_text()
-    assert ("node 0's launcher is gone" in said) == (node == 0)
+    log = nodes.logs[1 - node].read_text()
+    assert ("node 0's launcher is gone" in log) == (node == 0)
     assert len([event for event in told(run, "start") if event["rank"] < 0]) == 2

@@ -145,8 +145,8 @@ def test_of_two_launchers_in_one_folder_one_is_refused(folder: Path, whole: Path
     held = rank_processes(first.pid)[3]
     os.kill(held, signal.SIGSTOP)
     owner = json.loads((run / "run.lock").read_text())
-    said = finish(launch(folder, run, PROCESSES, log=late), late, Exit.LOCKED)
-    assert f"process {owner['pid']}" in said and "in use by" in said
+    output = finish(launch(folder, run, PROCESSES, log=late), late, Exit.LOCKED)
+    assert f"process {owner['pid']}" in output and "in use by" in output
     os.kill(held, signal.SIGCONT)
     finish(first, log)
     assert_same(run, whole)
@@ -155,8 +155,8 @@ def test_of_two_launchers_in_one_folder_one_is_refused(folder: Path, whole: Path
 def test_a_mistake_is_told_once(folder: Path) -> None:
     run, log = folder / "mistaken", folder / "mistaken.log"
     process = launch(folder, run, PROCESSES, f"data.train.mix.path={folder}/nowhere", log=log)
-    said = finish(process, log, Exit.MISTAKE)
-    assert "nowhere" in said and len(told(run, "start")) <= 1 and not told(run, "restart")
+    output = finish(process, log, Exit.MISTAKE)
+    assert "nowhere" in output and len(told(run, "start")) <= 1 and not told(run, "restart")
     # The launcher starts nothing if it finds the mistake itself.
     process = launch(folder, folder / "never", PROCESSES, "trainer.max_steps=0", log=log)
     assert "trainer.max_steps" in finish(process, log, Exit.MISTAKE) and not (folder / "never").exists()

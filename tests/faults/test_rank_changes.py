@@ -84,8 +84,8 @@ def test_what_changes_the_learning_is_refused(config: RunConfig, key: str, value
     with pytest.raises(ConfigError) as error:
         differences(config, set_to(key, value))
     assert shown in str(error.value) and "resilience.allow_changes=[config]" in str(error.value)
-    [told] = differences(config, set_to(key, value), "config")
-    assert shown in told
+    [message] = differences(config, set_to(key, value), "config")
+    assert shown in message
 
 
 @pytest.mark.parametrize(
@@ -106,8 +106,8 @@ def test_what_changes_the_learning_is_refused(config: RunConfig, key: str, value
     ],
 )
 def test_layout_is_only_told(config: RunConfig, key: str, value: Any) -> None:
-    [told] = differences(config, set_to(key, value))
-    assert f"{key} " in told and f"-> {value!r}" in told and "without effect" in told
+    [message] = differences(config, set_to(key, value))
+    assert f"{key} " in message and f"-> {value!r}" in message and "without effect" in message
 
 
 def test_nothing_changed_is_not_mentioned(config: RunConfig) -> None:
@@ -119,8 +119,8 @@ def test_a_longer_run_has_another_schedule(config: RunConfig) -> None:
     with pytest.raises(ConfigError, match=r"schedule's end .* 6 -> 9; model\.optim\.sched\.decay_steps=6 keeps it"):
         differences(config, set_to("trainer.max_steps", 9))
     # It is not also called harmless.
-    [told] = differences(config, set_to("trainer.max_steps", 9), "config")
-    assert told.startswith("warning: ") and "6 -> 9" in told
+    [message] = differences(config, set_to("trainer.max_steps", 9), "config")
+    assert message.startswith("warning: ") and "6 -> 9" in message
     # With an explicit decay_steps, the schedule's end does not move.
     config.model.optim.sched.decay_steps = 6
     assert "trainer.max_steps 6 -> 9" in differences(config, set_to("trainer.max_steps", 9))[0]
@@ -181,8 +181,10 @@ def test_in_a_run(config: RunConfig) -> None:
             train(config)
         return str(error.value)
 
-    said = run_ranks(1, resume)[0]
-    assert "model.seed 1234 -> 99" in said and "the Llama's weights" in said and "repeat or lose samples" in said
-    assert "allow_changes=[config,base,data]" in said
+    message = run_ranks(1, resume)[0]
+    assert (
+        "model.seed 1234 -> 99" in message and "the Llama's weights" in message and "repeat or lose samples" in message
+    )
+    assert "allow_changes=[config,base,data]" in message
     config.resilience.allow_changes = ["config", "base", "data"]
     assert len(run_ranks(1, train, config)[0]["losses"]) == 2

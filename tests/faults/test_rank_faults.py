@@ -35,7 +35,7 @@ def config(mixed_shards: str, tokenizer_folder: str, tmp_path: Path) -> RunConfi
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "expected_message"),
     [
         ("explode:rank=1", "unknown kind 'explode'. Known: kill, exception"),
         ("kill:rnk=1", "'kill' has no key 'rnk'. It has: rank, step, place"),
@@ -54,11 +54,11 @@ def config(mixed_shards: str, tokenizer_folder: str, tmp_path: Path) -> RunConfi
         ("loader_hang:step=2", "data.num_workers=0"),
     ],
 )
-def test_what_cannot_happen_is_refused(config: RunConfig, text: str, said: str) -> None:
+def test_what_cannot_happen_is_refused(config: RunConfig, text: str, expected_message: str) -> None:
     config.resilience.faults = ["kill:step=3", text]
     with pytest.raises(ConfigError) as error:
         check(config)
-    assert str(error.value).startswith(f"resilience.faults: {text!r}") and said in str(error.value)
+    assert str(error.value).startswith(f"resilience.faults: {text!r}") and expected_message in str(error.value)
 
 
 def test_each_happens_once_where_it_is_due(tmp_path: Path) -> None:
@@ -114,27 +114,27 @@ def lose_a_worker(config: RunConfig) -> str:
 
 def test_a_loader_process_that_is_killed_is_named(config: RunConfig) -> None:
     config.data.num_workers, config.resilience.faults = 2, ["loader_kill:step=3,worker=1"]
-    said = run_ranks(1, lose_a_worker, config, timeout=60)[0]
-    assert said.startswith("The loader process ") and "of rank 0" in said and "killed by a signal" in said
-    told = [event for event in events.read(config.run_dir) if event["kind"] == "exception"]
-    assert len(told) == 1 and "WorkerDied" in told[0]["text"] and "Traceback" in told[0]["traceback"]
+    message = run_ranks(1, lose_a_worker, config, timeout=60)[0]
+    assert message.startswith("The loader process ") and "of rank 0" in message and "killed by a signal" in message
+    exceptions = [event for event in events.read(config.run_dir) if event["kind"] == "exception"]
+    assert len(exceptions) == 1 and "WorkerDied" in exceptions[0]["text"] and "Traceback" in exceptions[0]["traceback"]
     # The fault does not happen again in the second start.
     run_ranks(1, train, config, timeout=60)
 
 
 def test_torchs_words_for_it() -> None:
-    said = worker_died(RuntimeError("DataLoader worker (pid(s) 12, 13) exited unexpectedly"))
-    assert said is not None and "process 12, 13 of rank" in str(said) and worker_died(said) is None
+    error = worker_died(RuntimeError("DataLoader worker (pid(s) 12, 13) exited unexpectedly"))
+    assert error is not None and "process 12, 13 of rank" in str(error) and worker_died(error) is None
     assert worker_died(RuntimeError("something else")) is None
 
 
 def test_an_exit_code_tells_of_a_signal() -> None:
     """torch says "exited unexpectedly" of a killed process, too, if it looks before the signal handler runs."""
     workers: list[Any] = [SimpleNamespace(pid=pid, exitcode=code) for pid, code in ((12, -9), (13, None), (14, -11))]
-    said = worker_died(RuntimeError("DataLoader worker (pid(s) 12) exited unexpectedly"), workers)
-    assert "process 12 of rank" in str(said) and "was killed by a signal (Killed)" in str(said)
-    said = worker_died(RuntimeError("DataLoader worker (pid(s) 13) exited unexpectedly"), workers)
-    assert "exited while it was reading" in str(said)
+    error = worker_died(RuntimeError("DataLoader worker (pid(s) 12) exited unexpectedly"), workers)
+    assert "process 12 of rank" in str(error) and "was killed by a signal (Killed)" in str(error)
+    error = worker_died(RuntimeError("DataLoader worker (pid(s) 13) exited unexpectedly"), workers)
+    assert "exited while it was reading" in str(error)
 
 
 def get_stuck(config: RunConfig, folder: Path) -> tuple[heartbeat.Beat, heartbeat.Beat]:
@@ -178,11 +178,11 @@ def test_a_full_disk_and_a_slow_rank(config: RunConfig) -> None:
     config.trainer.devices, config.exp_manager.checkpoint.every_n_train_steps = 2, 2
     config.resilience.faults = ["enospc:rank=0,step=2,write=2", "slow:rank=1,step=3,seconds=4"]
     run_ranks(2, train, config)
-    told = events.read(config.run_dir)
-    [failed] = [event for event in told if event["kind"] == "save_failed"]
+    run_events = events.read(config.run_dir)
+    [failed] = [event for event in run_events if event["kind"] == "save_failed"]
     assert failed["step"] == 2 and "rank 0" in failed["text"] and "No space left" in failed["text"]
     assert [path.name for path in (config.run_dir / "checkpoints").iterdir()] == ["step_00000004"]
-    [slow] = [event for event in told if event["kind"] == "straggler" and event["step"] == 3]
+    [slow] = [event for event in run_events if event["kind"] == "straggler" and event["step"] == 3]
     assert set(slow["ranks"]) == {"1"} and slow["ranks"]["1"] > 4 and "rank 1" in slow["text"]
     rows = [json.loads(line) for line in (config.run_dir / "rank_seconds.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4] and all(len(row["seconds"]) == 2 for row in rows)

@@ -160,10 +160,10 @@ def test_what_stands_still_shows(tmp_path: Path, fault: str, runs: bool) -> None
         os.kill(process.pid, signal.SIGUSR2)
         wait_for(lambda: "fault_injection.py" in stacks.read_text())
         time.sleep(0.3)
-        said = stacks.read_text()
+        stack_traces = stacks.read_text()
         # The stacks of all threads are written, and the signal does not end the fault.
-        assert "in _hold_gil" in said or "in _sleep" in said
-        assert "heartbeat.py" in said and process.poll() is None
+        assert "in _hold_gil" in stack_traces or "in _sleep" in stack_traces
+        assert "heartbeat.py" in stack_traces and process.poll() is None
         still = heartbeat.read(path)
         assert still is not None and still.progress == beat.progress
 

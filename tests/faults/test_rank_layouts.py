@@ -32,16 +32,16 @@ def config(mixed_shards: str, tokenizer_folder: str, tmp_path_factory: pytest.Te
 def taken(config: RunConfig) -> tuple[int, dict[int, set[str]]]:
     """In a rank: train; return the exit code and the samples this rank read, by step."""
     state = build(config, initialize(config))
-    step, found = loop.train_step, {}
+    step, step_samples = loop.train_step, {}
 
     def look(state: Any, plan: Any, micro_batches: Any, coming: Any) -> Any:
         key = state.train_data.planner.key
         samples = [sample for m in micro_batches for sample in m.plan.samples]
-        found[plan.step] = {key(sample.dataset, sample.sample) for sample in samples}
+        step_samples[plan.step] = {key(sample.dataset, sample.sample) for sample in samples}
         return step(state, plan, micro_batches, coming)
 
     loop.train_step = look
-    return int(loop.fit(state, Path(config.exp_manager.explicit_log_dir))), found
+    return int(loop.fit(state, Path(config.exp_manager.explicit_log_dir))), step_samples
 
 
 def run(config: RunConfig, layout: dict[str, int]) -> tuple[set[int], dict[int, set[str]]]:
@@ -52,7 +52,9 @@ def run(config: RunConfig, layout: dict[str, int]) -> tuple[set[int], dict[int, 
     config.model.pipeline_model_parallel_size = layout.get("pp", 1)
     config.data.num_workers = layout.get("workers", 0)
     ranks = run_ranks(config.trainer.devices, taken, config)
-    return {code for code, _ in ranks}, {n: set().union(*(found[n] for _, found in ranks)) for n in ranks[0][1]}
+    return {code for code, _ in ranks}, {
+        n: set().union(*(step_samples[n] for _, step_samples in ranks)) for n in ranks[0][1]
+    }
 
 
 @pytest.fixture(scope="module")
@@ -91,11 +93,11 @@ def test_continued_on_other_processes(
     limited.exp_manager.max_time_per_run = "00:00:00:00"
     samples: dict[int, set[str]] = {}
     for _ in range(2):
-        codes, found = run(limited, first)
-        assert codes == {Exit.REQUEUE} and len(found) == 1
-        samples |= found
-    codes, found = run(config, second)
+        codes, step_samples = run(limited, first)
+        assert codes == {Exit.REQUEUE} and len(step_samples) == 1
+        samples |= step_samples
+    codes, step_samples = run(config, second)
     assert codes == {Exit.DONE}
-    assert samples | found == whole[1] and not samples.keys() & found.keys()
+    assert samples | step_samples == whole[1] and not samples.keys() & step_samples.keys()
     np.testing.assert_allclose(losses(tmp_path / "run"), whole[0], rtol=1e-5)
     assert [e["step"] for e in events.read(tmp_path / "run") if e["kind"] == "resume"] == [1, 2]

@@ -68,20 +68,20 @@ PLACES: dict[str, tuple[Any, str, int]] = {
 }
 
 
-def stopped(config: RunConfig, place: str, number: int, by: int) -> tuple[int, int, list[str], float]:
+def stopped(config: RunConfig, phase: str, number: int, by: int) -> tuple[int, int, list[str], float]:
     """In a rank: train; rank `by` gets a signal at the given point.
 
     Returns the exit code, the step, the committed checkpoints and the seconds from the signal to the end.
     """
     state = build(config, initialize(config))
-    owner, name, _ = PLACES[place]
+    owner, name, _ = PLACES[phase]
     before, calls, asked = getattr(owner, name), 0, 0.0
 
     def disturbed(*args: Any, **more: Any) -> Any:
         nonlocal calls, asked
         calls += 1
         # The third step, but the first call of the other functions.
-        if calls == (3 if place == "step" else 1):
+        if calls == (3 if phase == "step" else 1):
             asked = time.monotonic()
             if dist.get_rank() == by:
                 os.kill(os.getpid(), number)
@@ -95,19 +95,19 @@ def stopped(config: RunConfig, place: str, number: int, by: int) -> tuple[int, i
 
 
 def stop_and_go_on(
-    config: RunConfig, whole: tuple[Path, dict[str, Any]], folder: Path, place: str, number: int, by: int
+    config: RunConfig, whole: tuple[Path, dict[str, Any]], folder: Path, phase: str, number: int, by: int
 ) -> None:
     config = in_folder(config, folder)
-    at = PLACES[place][2]
-    found = run_ranks(4, stopped, config, place, number, by)
-    assert all(one[:2] == (Exit.REQUEUE, at) and one[2] == found[0][2] for one in found)
+    at = PLACES[phase][2]
+    outcomes = run_ranks(4, stopped, config, phase, number, by)
+    assert all(one[:2] == (Exit.REQUEUE, at) and one[2] == outcomes[0][2] for one in outcomes)
     # Schedulers allow 30 s or more.
-    assert all(seconds < GRACE for *_, seconds in found)
+    assert all(seconds < GRACE for *_, seconds in outcomes)
     if at:
-        assert found[0][2][-1] == f"step_{at:08d}"
-        store.read_manifest(folder / "checkpoints" / found[0][2][-1], verify=True)
-    told = [(event["kind"], event["step"]) for event in events.read(folder)]
-    assert ("stopped", at) in told and "stop_requested" in dict(told)
+        assert outcomes[0][2][-1] == f"step_{at:08d}"
+        store.read_manifest(folder / "checkpoints" / outcomes[0][2][-1], verify=True)
+    event_steps = [(event["kind"], event["step"]) for event in events.read(folder)]
+    assert ("stopped", at) in event_steps and "stop_requested" in dict(event_steps)
     continued = run_ranks(4, train, config)[0]
     assert figures(folder) == figures(whole[0]) and losses(folder) == whole[1]["losses"]
     for name, weight in whole[1]["weights"].items():
@@ -120,7 +120,7 @@ def test_a_signal_in_a_step(config: RunConfig, whole: tuple[Path, dict[str, Any]
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("place", "number", "by"),
+    ("phase", "number", "by"),
     [
         ("start-up", signal.SIGTERM, 1),
         ("start-up", signal.SIGUSR1, 0),
@@ -132,9 +132,9 @@ def test_a_signal_in_a_step(config: RunConfig, whole: tuple[Path, dict[str, Any]
     ],
 )
 def test_a_signal_elsewhere(
-    config: RunConfig, whole: tuple[Path, dict[str, Any]], tmp_path: Path, place: str, number: int, by: int
+    config: RunConfig, whole: tuple[Path, dict[str, Any]], tmp_path: Path, phase: str, number: int, by: int
 ) -> None:
-    stop_and_go_on(config, whole, tmp_path / "run", place, number, by)
+    stop_and_go_on(config, whole, tmp_path / "run", phase, number, by)
 
 
 def test_wishes_are_named_and_forgotten() -> None:
@@ -178,9 +178,9 @@ def test_the_command_ends_with_75_and_goes_on(
     again = tmp_path / "again.log"
     assert f"at step {reached}" in finish(start(tmp_path, tmp_path / "run", "pretrain", 1, again, *more), again)
     assert steps_of(tmp_path / "run") == list(range(1, reached + 3))
-    told = events.read(tmp_path / "run")
-    assert [event["step"] for event in told if event["kind"] == "first_step"] == [1, reached + 1]
-    kinds = [event["kind"] for event in told]
+    run_events = events.read(tmp_path / "run")
+    assert [event["step"] for event in run_events if event["kind"] == "first_step"] == [1, reached + 1]
+    kinds = [event["kind"] for event in run_events]
     first = ["start", "first_step", "stop_requested", "saved", "stopped"]
     assert kinds == [*first, "start", "resume", "first_step", "saved", "end"]
 

@@ -111,11 +111,11 @@ def figures(run: Path) -> list[dict[str, float]]:
 
 def logged_to_tensorboard(run: Path) -> Counter[int]:
     """Count how often each step occurs in the event files on disk."""
-    found: Counter[int] = Counter()
+    counts: Counter[int] = Counter()
     for file in run.glob("events.out.tfevents.*"):
         for event in EventFileLoader(str(file)).Load():
-            found.update(event.step for value in event.summary.value if value.tag == "loss")
-    return found
+            counts.update(event.step for value in event.summary.value if value.tag == "loss")
+    return counts
 
 
 @pytest.mark.timeout(600)
@@ -138,8 +138,8 @@ def test_killed_in_the_middle(folder: Path, processes: int) -> None:
     on_disk = logged_to_tensorboard(run)
 
     again = folder / "again.log"
-    said = finish(start(folder, run, "pretrain", processes, again), again)
-    assert f"at step {saved}" in said
+    output = finish(start(folder, run, "pretrain", processes, again), again)
+    assert f"at step {saved}" in output
     assert steps_of(run) == list(range(1, STEPS + 1))
     assert figures(run) == figures(whole)
     # Only steps that were trained twice may occur twice, and no step is missing.

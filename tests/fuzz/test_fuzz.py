@@ -52,7 +52,7 @@ def test_a_traceback_is_reported() -> None:
 
 def test_processes_run_cases_and_a_lost_one_is_replaced(tokenizer_folder: str, tmp_path: Path) -> None:
     results = run_cases([(0, n) for n in range(6)], tmp_path, tokenizer_folder, None, workers=1)
-    found = [next(results) for _ in range(3)]
-    assert not any(result.failed for result in found)
-    assert [result.number for result in found] == [0, 1, 2]
+    first_results = [next(results) for _ in range(3)]
+    assert not any(result.failed for result in first_results)
+    assert [result.number for result in first_results] == [0, 1, 2]
     results.close()

@@ -139,11 +139,11 @@ def _serve(connection: Connection, folder: Path, tokenizer: str, checkpoint: Opt
         before = _memory("VmRSS")
         # Reset the peak of the resident set size (VmHWM).
         Path("/proc/self/clear_refs").write_text("5")
-        found = outcome(case)
+        verdict = outcome(case)
         grown = _memory("VmHWM") - before
-        if grown > MEMORY_BYTES and not found.startswith(("silent", "traceback")):
-            found = f"memory: {grown >> 20} MiB"
-        connection.send((case.label, found))
+        if grown > MEMORY_BYTES and not verdict.startswith(("silent", "traceback")):
+            verdict = f"memory: {grown >> 20} MiB"
+        connection.send((case.label, verdict))
 
 
 def _memory(name: str) -> int:

@@ -57,8 +57,8 @@ def in_fp8(config: RunConfig, form: str, recipe: str, held: bool) -> RunConfig:
 def test_follows_bf16_for_200_steps(config: RunConfig, form: str, recipe: str, held: bool) -> None:
     config.trainer.max_steps = 200
     plain = run_ranks(1, train, config, timeout=280)[0]["losses"]
-    found = run_ranks(1, train, in_fp8(config, form, recipe, held), timeout=280)[0]["losses"]
-    assert np.mean(found[-20:]) == pytest.approx(np.mean(plain[-20:]), rel=5e-3)
+    fp8_losses = run_ranks(1, train, in_fp8(config, form, recipe, held), timeout=280)[0]["losses"]
+    assert np.mean(fp8_losses[-20:]) == pytest.approx(np.mean(plain[-20:]), rel=5e-3)
 
 
 def gradient(config: RunConfig) -> np.ndarray:
@@ -91,8 +91,8 @@ def gradient(config: RunConfig) -> np.ndarray:
 @pytest.mark.parametrize(("form", "recipe", "held"), WAYS)
 def test_gradients_of_projectors_point_the_same_way(config: RunConfig, form: str, recipe: str, held: bool) -> None:
     plain = run_ranks(1, gradient, config)[0]
-    found = run_ranks(1, gradient, in_fp8(config, form, recipe, held))[0]
-    assert plain @ found / np.linalg.norm(plain) / np.linalg.norm(found) > 0.99
+    fp8_gradient = run_ranks(1, gradient, in_fp8(config, form, recipe, held))[0]
+    assert plain @ fp8_gradient / np.linalg.norm(plain) / np.linalg.norm(fp8_gradient) > 0.99
 
 
 @pytest.mark.parametrize("recipe", ["tensorwise", "delayed"])

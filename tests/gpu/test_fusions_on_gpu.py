@@ -23,8 +23,8 @@ def compare(function: Callable[..., Any], written: Callable[..., Any], *given: t
     results = []
     for one in (function, written):
         inputs = [x.clone().requires_grad_(x.dtype == torch.bfloat16) for x in given]
-        found = one(*inputs)
-        outputs = found if isinstance(found, tuple) else (found,)
+        output = one(*inputs)
+        outputs = output if isinstance(output, tuple) else (output,)
         sum(out.float().square().sum() for out in outputs).backward()
         results.append([*outputs, *(x.grad for x in inputs if x.grad is not None)])
     assert len(results[0]) == len(results[1]) > 1

@@ -51,10 +51,10 @@ def test_one_card_gives_the_numbers_of_plain_torch(layout: Layout, tmp_path: Pat
     not backend.capabilities().transformer_engine, reason="needs Transformer Engine: pip install -e '.[te]'"
 )
 def test_transformer_engine_equals_local_layers(config: RunConfig, tmp_path: Path) -> None:
-    found = {}
+    run_losses = {}
     for implementation in ("local", "transformer_engine"):
         one = copy.deepcopy(config)
         one.model.transformer_impl = implementation
         one.exp_manager.explicit_log_dir = str(tmp_path / implementation)
-        found[implementation] = run_ranks(1, train, one)[0]["losses"]
-    np.testing.assert_allclose(found["transformer_engine"], found["local"], rtol=5e-3)
+        run_losses[implementation] = run_ranks(1, train, one)[0]["losses"]
+    np.testing.assert_allclose(run_losses["transformer_engine"], run_losses["local"], rtol=5e-3)

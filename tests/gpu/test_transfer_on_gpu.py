@@ -24,9 +24,9 @@ pytestmark = [
 
 
 def tensors_of(micro_batch: MicroBatch) -> list[torch.Tensor]:
-    found: list[torch.Tensor] = []
-    micro_batch.with_tensors(lambda tensor: found.append(tensor) or tensor)
-    return found
+    tensors: list[torch.Tensor] = []
+    micro_batch.with_tensors(lambda tensor: tensors.append(tensor) or tensor)
+    return tensors
 
 
 def read_and_send(config: RunConfig) -> dict[str, bool]:

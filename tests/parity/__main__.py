@@ -40,15 +40,15 @@ def main() -> int:
     arguments = parser.parse_args()
     begun = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        found = run_layouts(Path(folder) / "layouts", arguments.layouts, arguments.steps)
+        differences = run_layouts(Path(folder) / "layouts", arguments.layouts, arguments.steps)
         caught = run_bugs(Path(folder) / "bugs")
     seconds = time.monotonic() - begun
-    write_report(arguments.report, found, caught, arguments.steps, seconds)
+    write_report(arguments.report, differences, caught, arguments.steps, seconds)
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    arguments.json.write_text(json.dumps(summary(found, caught, arguments.steps, seconds), indent=1) + "\n")
-    wrong = [layout.name for layout, difference in found.items() if not difference.allowed]
+    arguments.json.write_text(json.dumps(summary(differences, caught, arguments.steps, seconds), indent=1) + "\n")
+    wrong = [layout.name for layout, difference in differences.items() if not difference.allowed]
     unseen = [bug.what for bug, (clean, planted) in caught.items() if planted.allowed or not clean.allowed]
-    print(f"{len(found)} layouts, {len(wrong)} differ from the reference: {', '.join(wrong) or 'none'}")
+    print(f"{len(differences)} layouts, {len(wrong)} differ from the reference: {', '.join(wrong) or 'none'}")
     print(f"{len(caught)} planted bugs, {len(unseen)} not caught: {', '.join(unseen) or 'none'}")
     print(f"{seconds / 60:.1f} minutes; {arguments.report}, {arguments.json}")
     return 1 if wrong or unseen else 0
@@ -58,7 +58,7 @@ def run_layouts(folder: Path, count: int, steps: int) -> dict[Layout, Difference
     """Run every layout and print one line per layout."""
     suite, layouts = Suite(folder, steps), [*cover(count), *SFT, *DPO, *DISCRETE]
     print(f"{'layout':{WIDTH}} {'processes':>9} {'loss':>9} {'gradient':>9} {'parameter':>9} {'weight':>9} {'left':>9}")
-    found: dict[Layout, Difference] = {}
+    differences: dict[Layout, Difference] = {}
     begun = time.monotonic()
     for layout in layouts:
         try:
@@ -66,56 +66,56 @@ def run_layouts(folder: Path, count: int, steps: int) -> dict[Layout, Difference
         except (AssertionError, pytest.fail.Exception) as error:
             print(f"{layout.name}: {error}", flush=True)
             difference = Difference(math.inf, math.inf, math.inf, math.inf, "the run failed")
-        found[layout] = difference
-        left = (time.monotonic() - begun) / len(found) * (len(layouts) - len(found))
+        differences[layout] = difference
+        left = (time.monotonic() - begun) / len(differences) * (len(layouts) - len(differences))
         mark = "" if difference.allowed else f"   DIFFERS ({difference.where})"
         row = f"{layout.name:{WIDTH}} {layout.processes:>9} {_numbers(difference)} {left / 60:>5.1f} min{mark}"
         print(row, flush=True)
-    return found
+    return differences
 
 
 def run_bugs(folder: Path) -> dict[Bug, tuple[Difference, Difference]]:
     """Run every planted bug. Return the difference of its layout without and with the bug."""
     suite = Suite(folder, BUG_STEPS)
-    found: dict[Bug, tuple[Difference, Difference]] = {}
+    bug_differences: dict[Bug, tuple[Difference, Difference]] = {}
     for bug in (*BUGS, *DISCRETE_BUGS):
         clean, planted = suite.difference(bug.layout), suite.difference(bug.layout, bug)
-        found[bug] = clean, planted
+        bug_differences[bug] = clean, planted
         seen = "caught" if clean.allowed and not planted.allowed else "NOT CAUGHT"
         print(f"{bug.what:{WIDTH}} {bug.layout.name:>34} gradient {planted.gradient:.1e}  {seen}", flush=True)
-    return found
+    return bug_differences
 
 
 def summary(
-    found: dict[Layout, Difference], caught: dict[Bug, tuple[Difference, Difference]], steps: int, seconds: float
+    differences: dict[Layout, Difference], caught: dict[Bug, tuple[Difference, Difference]], steps: int, seconds: float
 ) -> dict[str, object]:
     """Contents of runs/parity.json."""
     return {
-        "layouts": len(found),
+        "layouts": len(differences),
         "steps": steps,
-        "worst_loss_difference": max(d.loss for d in found.values()),
-        "worst_gradient_difference": max(d.gradient for d in found.values()),
-        "worst_parameter_gradient_difference": max(d.parameter for d in found.values()),
-        "worst_weight_difference": max(d.weight for d in found.values()),
+        "worst_loss_difference": max(d.loss for d in differences.values()),
+        "worst_gradient_difference": max(d.gradient for d in differences.values()),
+        "worst_parameter_gradient_difference": max(d.parameter for d in differences.values()),
+        "worst_weight_difference": max(d.weight for d in differences.values()),
         "planted_bugs": len(caught),
         "caught": sum(clean.allowed and not planted.allowed for clean, planted in caught.values()),
         "minutes": round(seconds / 60, 1),
         "by_layout": {
             layout.name: {"loss": d.loss, "gradient": d.gradient, "parameter": d.parameter, "weight": d.weight}
-            for layout, d in found.items()
+            for layout, d in differences.items()
         },
     }
 
 
 def write_report(
     path: Path,
-    found: dict[Layout, Difference],
+    differences: dict[Layout, Difference],
     caught: dict[Bug, tuple[Difference, Difference]],
     steps: int,
     seconds: float,
 ) -> None:
     """Write the Markdown report, docs/internals/parity.md."""
-    rows = [f"| {layout.name} | {layout.processes} | {_numbers(d, ' | ')} |" for layout, d in found.items()]
+    rows = [f"| {layout.name} | {layout.processes} | {_numbers(d, ' | ')} |" for layout, d in differences.items()]
     bugs = [
         f"| {bug.what} | {bug.layout.name} | {clean.gradient:.1e} | {planted.loss:.1e} | {planted.gradient:.1e} | "
         f"{'yes' if clean.allowed and not planted.allowed else '**no**'} |"

@@ -33,10 +33,10 @@ def codes_in_documents(model: ModelConfig) -> Iterator[None]:
     def document(self: Tokenizer, *args: Any, **kwargs: Any) -> Document:
         plain = original(self, *args, **kwargs)
         tokens = [
-            vocabulary.base_size + (7 * token + 3 * place) % vocabulary.added
-            if token in _WORD_IDS and (token + place) % 2
+            vocabulary.base_size + (7 * token + 3 * position) % vocabulary.added
+            if token in _WORD_IDS and (token + position) % 2
             else token
-            for place, token in enumerate(plain.tokens)
+            for position, token in enumerate(plain.tokens)
         ]
         return replace(plain, tokens=tokens)
 

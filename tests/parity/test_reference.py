@@ -48,9 +48,9 @@ LLAMAS: dict[str, dict[str, Any]] = {
 }
 
 
-def relative(found: np.ndarray, wanted: np.ndarray) -> float:
+def relative(values: np.ndarray, wanted: np.ndarray) -> float:
     """Norm of the difference, relative to the norm of the expected values."""
-    return float(np.linalg.norm(found - wanted) / max(float(np.linalg.norm(wanted)), 1e-30))
+    return float(np.linalg.norm(values - wanted) / max(float(np.linalg.norm(wanted)), 1e-30))
 
 
 @pytest.mark.parametrize("name", LLAMAS)
@@ -179,10 +179,10 @@ def test_the_engine_matches_on_one_process(base: RunConfig, case: str) -> None:
     for dtype in (torch.float32, torch.float64):
         wanted = run_reference(config, start, set(engine.weights), STEPS, dtype)
         np.testing.assert_allclose(engine.losses, wanted.losses, rtol=1e-6)
-        for step, (found, gradients) in enumerate(zip(engine.gradients, wanted.gradients, strict=True)):
-            assert found.keys() == gradients.keys()
+        for step, (engine_gradients, gradients) in enumerate(zip(engine.gradients, wanted.gradients, strict=True)):
+            assert engine_gradients.keys() == gradients.keys()
             for name, gradient in gradients.items():
                 allowed = 3e-5 * np.linalg.norm(gradient) + 1e-7
-                assert np.linalg.norm(found[name] - gradient) < allowed, f"step {step}: {name}"
+                assert np.linalg.norm(engine_gradients[name] - gradient) < allowed, f"step {step}: {name}"
         for name, weight in wanted.weights.items():
             assert relative(engine.weights[name] - start[name], weight - start[name]) < 5e-4, name

@@ -38,13 +38,13 @@ def suite(tmp_path_factory: pytest.TempPathFactory) -> Suite:
 
 def differences(one: EngineRun, other: EngineRun) -> dict[str, float]:
     """The largest relative differences of losses and whole gradients, and those of each metric (absolute below 1)."""
-    found = {"loss": (d := compare(one, other.trace)).loss, "gradient": d.gradient}
+    deviations = {"loss": (d := compare(one, other.trace)).loss, "gradient": d.gradient}
     assert len(one.measures) == len(other.measures) == STEPS
     for name in one.measures[0]:
         mine, theirs = (np.array([step[name] for step in run.measures]) for run in (one, other))
         # Rewards are small differences of log-probabilities of many nats, whose rounding they keep.
-        found[name] = float((np.abs(mine - theirs) / np.abs(theirs).clip(min=1.0)).max())
-    return found
+        deviations[name] = float((np.abs(mine - theirs) / np.abs(theirs).clip(min=1.0)).max())
+    return deviations
 
 
 @pytest.mark.parametrize(
@@ -54,8 +54,8 @@ def differences(one: EngineRun, other: EngineRun) -> dict[str, float]:
 )
 def test_sharing_changes_rounding_only(layout: Layout, suite: Suite) -> None:
     shared, whole = (suite.run(replace(layout, share=share), STEPS) for share in ("auto", "never"))
-    found = differences(shared, whole)
-    assert all(value <= SAME for value in found.values()), found
+    deviations = differences(shared, whole)
+    assert all(value <= SAME for value in deviations.values()), deviations
     assert shared.trace.losses != whole.trace.losses, "both runs computed the same, so nothing was shared"
 
 
@@ -63,5 +63,5 @@ def test_sharing_changes_rounding_only(layout: Layout, suite: Suite) -> None:
 @pytest.mark.slow
 def test_noise_of_a_shared_prompt_is_no_matter_of_layout(layout: Layout, suite: Suite) -> None:
     one, other = (suite.run(replace(layout, **sizes), STEPS) for sizes in ({}, {"context": 2, "tensor": 2}))
-    found = differences(other, one)
-    assert all(value <= SAME for value in found.values()), found
+    deviations = differences(other, one)
+    assert all(value <= SAME for value in deviations.values()), deviations

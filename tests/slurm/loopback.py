@@ -148,12 +148,12 @@ class Cluster:
 
     def _processes(self, node: str) -> list[psutil.Process]:
         wanted = {"SLURMD_NODENAME": node, "SLURM_CONF": self.environment["SLURM_CONF"]}
-        found = []
+        processes = []
         for one in psutil.process_iter():
             with suppress(psutil.Error):
                 if wanted.items() <= one.environ().items():
-                    found.append(one)
-        return found
+                    processes.append(one)
+        return processes
 
     def sbatch(self, script: Path, *arguments: str, options: tuple[str, ...] = (), **more: Any) -> int:
         """Submit a job and return its number."""

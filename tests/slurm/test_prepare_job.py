@@ -56,8 +56,8 @@ def submit(cluster: Cluster, folder: Path, *arguments: str) -> tuple[int, int]:
 def ended(cluster: Cluster, folder: Path, number: int) -> str:
     """The state of a job that has ended."""
     final = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-    said = "\n".join(path.read_text() for path in folder.glob("slurm-*.out"))
-    cluster.wait(lambda: cluster.job(number)["JobState"] in final, 240, f"end of job {number}\n{said}")
+    output = "\n".join(path.read_text() for path in folder.glob("slurm-*.out"))
+    cluster.wait(lambda: cluster.job(number)["JobState"] in final, 240, f"end of job {number}\n{output}")
     return cluster.job(number)["JobState"]
 
 

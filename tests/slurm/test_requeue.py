@@ -60,9 +60,9 @@ def test_stopped_twice(cluster: Cluster, tmp_path: Path) -> None:
         cluster.run("scancel", "--batch", "--signal=USR1", str(number))
     await_start(cluster, number, run, 2)
     await_end(cluster, number, "COMPLETED")
-    said = (run / "slurm.log").read_text()
-    assert said.count("asked to stop") == 2 and "stopped at step_00000001: requeueing the job" in said
-    assert "ended with code 0: the run is complete" in said
+    log = (run / "slurm.log").read_text()
+    assert log.count("asked to stop") == 2 and "stopped at step_00000001: requeueing the job" in log
+    assert "ended with code 0: the run is complete" in log
     nodes = (run / "logs" / f"slurm_{number}" / "n2.log").read_text()
     assert [line.split(" of ")[0] for line in nodes.splitlines()] == [f"--- start {start}" for start in range(3)]
 

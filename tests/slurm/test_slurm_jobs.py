@@ -141,10 +141,10 @@ def final_weights(run: Path) -> dict[str, torch.Tensor]:
     from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
     from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
-    found: dict[str, Any] = {}
+    state_dict: dict[str, Any] = {}
     reader = FileSystemReader(run / "checkpoints" / f"step_{STEPS:08d}")
-    _load_state_dict(found, storage_reader=reader, planner=_EmptyStateDictLoadPlanner(), no_dist=True)
-    flat = torch.utils._pytree.tree_flatten_with_path(found)[0]
+    _load_state_dict(state_dict, storage_reader=reader, planner=_EmptyStateDictLoadPlanner(), no_dist=True)
+    flat = torch.utils._pytree.tree_flatten_with_path(state_dict)[0]
     return {str(path): value for path, value in flat if isinstance(value, torch.Tensor)}
 
 

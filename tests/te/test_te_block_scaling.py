@@ -55,7 +55,7 @@ def answered(way: str, capability: tuple[int, int]) -> str:
     from transformer_engine.pytorch import quantization, utils
 
     config = configured(way)
-    found = dataclasses.replace(
+    capabilities = dataclasses.replace(
         backend.capabilities(), cuda_devices=("a GPU",), compute_capability=capability, transformer_engine="2.11"
     )
     cuda: Any = torch.cuda
@@ -66,7 +66,7 @@ def answered(way: str, capability: tuple[int, int]) -> str:
         utils._get_device_compute_capability,
     ):
         cached.cache_clear()
-    backend.capabilities = lambda: found
+    backend.capabilities = lambda: capabilities
     backend._transformer_engine = lambda has_cuda: ("2.11", "")
     try:
         backend.check_backend(config.model, "bf16")

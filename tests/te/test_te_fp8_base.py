@@ -55,12 +55,12 @@ def hashes(config: RunConfig, tp: int) -> list[str]:
     plain, held = states(config, tp)
     whole: list[Any] = [gather_weights(plain.models)]
     torch.distributed.broadcast_object_list(whole)
-    found = [hash_weights(state.models, "language_model.") for state in (plain, held)]
+    weight_hashes = [hash_weights(state.models, "language_model.") for state in (plain, held)]
     load_weights(held.models, whole[0])
-    found.append(hash_weights(held.models, "language_model."))
+    weight_hashes.append(hash_weights(held.models, "language_model."))
     quantized = [p for p in held.models[0].parameters() if is_quantized(p)]
     quantized[5]._data[3, 1] ^= 1
-    return [*found, hash_weights(held.models, "language_model.")]
+    return [*weight_hashes, hash_weights(held.models, "language_model.")]
 
 
 @pytest.mark.parametrize("tp", [1, 2])
@@ -103,13 +103,13 @@ def gathered(config: RunConfig, tp: int) -> tuple[Any, Any]:
 
 @pytest.mark.parametrize("tp", [1, 2])
 def test_whole_weights_are_its_values_rounded_to_fp8(config: RunConfig, tp: int) -> None:
-    originals, found = run_ranks(tp, gathered, config, tp)[0]
-    assert len(found) == LINEARS
+    originals, weights = run_ranks(tp, gathered, config, tp)[0]
+    assert len(weights) == LINEARS
     for name, original in originals.items():
         # e4m3 has 3 bits of mantissa, and below the smallest normal number steps of 2 ** -9 of the largest / 448.
         step = np.abs(original).max() / 448 * 2**-9
-        np.testing.assert_allclose(found[name], original, rtol=2**-4 + 2**-8, atol=step, err_msg=name)
-        assert (found[name] != original).any()
+        np.testing.assert_allclose(weights[name], original, rtol=2**-4 + 2**-8, atol=step, err_msg=name)
+        assert (weights[name] != original).any()
 
 
 def adapted(config: RunConfig, tp: int) -> tuple[list[str], Any, Any, Any]:

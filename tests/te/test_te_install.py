@@ -46,16 +46,18 @@ def install(python: Path, *folder: str, cuda: str = "13.0", **variables: str) ->
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "expected_message"),
     [
         ({"cuda": ""}, "torch here is a build for CPUs"),
         ({"CXX": "no-such-compiler"}, "there is no C++ compiler ('no-such-compiler')"),
         ({"cuda": "12.8"}, "torch here is built for CUDA 12.8"),
     ],
 )
-def test_what_it_cannot_build_for_is_refused_with_the_reason(python: Path, settings: dict[str, str], said: str) -> None:
+def test_what_it_cannot_build_for_is_refused_with_the_reason(
+    python: Path, settings: dict[str, str], expected_message: str
+) -> None:
     refusal, calls = install(python, **settings)
-    assert refusal.startswith("Transformer Engine is not installed: ") and said in refusal and not calls
+    assert refusal.startswith("Transformer Engine is not installed: ") and expected_message in refusal and not calls
 
 
 def test_without_a_toolkit_the_headers_are_those_of_pypi(python: Path) -> None:

@@ -52,7 +52,7 @@ def called() -> list[str]:
     sizes = PartSizes((5, 3), hidden=32, ffn=16, heads=4, key_value_heads=2, head_size=8, vocabulary=40)
     parts = make_parts(sizes, torch.device("cpu"), torch.float32)
     assert type(parts["SwiGLU"].candidates[ENGINE]()).__name__ == "SwiGLU"
-    found = []
+    part_names = []
     kernels: list[tuple[str, Any, str]] = [
         ("RoPE", rope, "apply_rotary_pos_emb"),
         ("cross-entropy", cross_entropy, "parallel_cross_entropy"),
@@ -63,8 +63,8 @@ def called() -> list[str]:
             kernel.return_value = part.inputs[0]
             part.candidates[ENGINE](**part.given)(*part.inputs)
             kernel.assert_called_once()
-        found.append(name)
-    return found
+        part_names.append(name)
+    return part_names
 
 
 def test_others_are_called_with_the_parameters_they_have() -> None:

@@ -97,13 +97,13 @@ def quantized(recipe: str) -> tuple[Described, Described, list[str], set[str], s
     config = join(1)
     plain = llama(config, "local")
     engine = llama(config, "transformer_engine", fp8="hybrid", fp8_recipe=recipe, fp8_primary_weights=True)
-    found = {n: p for n, p in engine.named_parameters() if is_quantized(p)}
+    fp8_parameters = {n: p for n, p in engine.named_parameters() if is_quantized(p)}
     return (
         described(plain),
         described(engine),
-        sorted(found),
-        {type(p).__name__ for p in found.values()},
-        {p._transpose is None for p in found.values()},
+        sorted(fp8_parameters),
+        {type(p).__name__ for p in fp8_parameters.values()},
+        {p._transpose is None for p in fp8_parameters.values()},
     )
 
 

@@ -68,27 +68,27 @@ FP8 = ENGINE | {"fp8": "hybrid", "fp8_primary_weights": True}
 @pytest.mark.parametrize("tp", [1, 2])
 def test_its_layers_train_like_the_local_ones(config: RunConfig, tp: int, tmp_path: Path) -> None:
     config.trainer.devices = config.model.tensor_model_parallel_size = tp
-    found = []
+    run_losses = []
     for name, model in (("local", {}), ("engine", ENGINE)):
         config.exp_manager.explicit_log_dir = str(tmp_path / name)
-        found.append(run_ranks(tp, run, copy.deepcopy(config), model)[0][0])
-    np.testing.assert_allclose(found[1], found[0], rtol=1e-5)
-    assert found[0][0] != found[0][-1]
+        run_losses.append(run_ranks(tp, run, copy.deepcopy(config), model)[0][0])
+    np.testing.assert_allclose(run_losses[1], run_losses[0], rtol=1e-5)
+    assert run_losses[0][0] != run_losses[0][-1]
 
 
 @pytest.mark.parametrize("recipe", ["tensorwise", "delayed"])
 def test_a_run_on_an_fp8_base_follows_bf16_and_resumes(config: RunConfig, recipe: str, tmp_path: Path) -> None:
     config.trainer.precision = "bf16"
-    found: dict[str, list[float]] = {}
+    run_losses: dict[str, list[float]] = {}
     for name, model in (("bf16", ENGINE), ("whole", FP8 | {"fp8_recipe": recipe})):
         config.exp_manager.explicit_log_dir = str(tmp_path / name)
-        found[name] = run_ranks(1, run, copy.deepcopy(config), model)[0][0]
-    np.testing.assert_allclose(found["whole"], found["bf16"], rtol=2e-2)
+        run_losses[name] = run_ranks(1, run, copy.deepcopy(config), model)[0][0]
+    np.testing.assert_allclose(run_losses["whole"], run_losses["bf16"], rtol=2e-2)
     config.exp_manager.explicit_log_dir = str(tmp_path / "resumed")
     for last in (2, 4):
         config.trainer.max_steps, config.model.optim.sched.decay_steps = last, 4
         resumed = run_ranks(1, run, copy.deepcopy(config), FP8 | {"fp8_recipe": recipe})[0][0]
-    assert resumed == found["whole"]
+    assert resumed == run_losses["whole"]
     stored = StreamReader(store.resolve(config.exp_manager.explicit_log_dir))
     # Nothing of the base, and of the scaling only data.
     assert not any(name.startswith("language_model.") and ".lora." not in name for name in stored.tensors)
@@ -129,7 +129,7 @@ def test_a_run_on_an_fp8_base_exports_the_base_it_was_made_from(config: RunConfi
     assert run_in_rank(export_hf.main, words) == 0
     words[3] = str(tmp_path / "apart")
     assert run_in_rank(export_hf.main, [*words, "--adapter", "separate"]) == 0
-    found, base = load_file(out / "model.safetensors"), load_file(tmp_path / "llama" / "model.safetensors")
+    exported_weights, base = load_file(out / "model.safetensors"), load_file(tmp_path / "llama" / "model.safetensors")
     adapters = load_file(tmp_path / "apart" / "adapter" / "adapter_model.safetensors")
     for name, tensor in base.items():
         a, b = (adapters.get(f"base_model.model.{name.removesuffix('.weight')}.lora_{side}.weight") for side in "AB")
@@ -138,5 +138,5 @@ def test_a_run_on_an_fp8_base_exports_the_base_it_was_made_from(config: RunConfi
             assert b.any(), name
             expected = (expected.float() + 2 * b.float() @ a.float()).to(torch.bfloat16)
         torch.testing.assert_close(
-            found[name], expected, rtol=2**-7, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}"
+            exported_weights[name], expected, rtol=2**-7, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}"
         )

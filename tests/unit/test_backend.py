@@ -21,13 +21,13 @@ HOPPER = dataclasses.replace(BLACKWELL, cuda_devices=("H100",), compute_capabili
 CPU = dataclasses.replace(H100, cuda_devices=(), compute_capability=None, fp8=False)
 
 
-def machine(monkeypatch: pytest.MonkeyPatch, found: backend.Capabilities) -> None:
+def machine(monkeypatch: pytest.MonkeyPatch, capabilities: backend.Capabilities) -> None:
     """Pretend that this machine has the given capabilities."""
-    monkeypatch.setattr(backend, "capabilities", lambda: found)
-    monkeypatch.setattr(backend.torch.cuda, "is_available", lambda: bool(found.cuda_devices))
-    engine = (found.transformer_engine, found.transformer_engine_problem)
+    monkeypatch.setattr(backend, "capabilities", lambda: capabilities)
+    monkeypatch.setattr(backend.torch.cuda, "is_available", lambda: bool(capabilities.cuda_devices))
+    engine = (capabilities.transformer_engine, capabilities.transformer_engine_problem)
     monkeypatch.setattr(backend, "_transformer_engine", lambda has_cuda: engine)
-    monkeypatch.setattr(backend, "version_of", lambda name: found.flash_attn if name == "flash-attn" else "")
+    monkeypatch.setattr(backend, "version_of", lambda name: capabilities.flash_attn if name == "flash-attn" else "")
 
 
 def config_with(**model: Any) -> RunConfig:
@@ -40,7 +40,7 @@ def config_with(**model: Any) -> RunConfig:
 
 
 @pytest.mark.parametrize(
-    ("found", "model", "kernel"),
+    ("capabilities", "model", "kernel"),
     [
         (CPU, {}, "sdpa"),
         (H100, {}, "flash_attn"),
@@ -52,16 +52,16 @@ def config_with(**model: Any) -> RunConfig:
     ],
 )
 def test_the_attention_that_is_chosen(
-    monkeypatch: pytest.MonkeyPatch, found: backend.Capabilities, model: dict[str, Any], kernel: str
+    monkeypatch: pytest.MonkeyPatch, capabilities: backend.Capabilities, model: dict[str, Any], kernel: str
 ) -> None:
-    machine(monkeypatch, found)
+    machine(monkeypatch, capabilities)
     config = config_with(**model)
     backend.check_backend(config.model, config.trainer.precision)
     assert backend.attention_kernel(config.model, config.trainer.precision) == kernel
 
 
 @pytest.mark.parametrize(
-    ("found", "model", "says"),
+    ("capabilities", "model", "says"),
     [
         (CPU, {"attention": "flash_attn"}, r"model\.attention=flash_attn needs a CUDA device"),
         (CPU, {"attention": "flex"}, r"model\.attention=flex needs a CUDA device"),
@@ -77,9 +77,9 @@ def test_the_attention_that_is_chosen(
     ],
 )
 def test_what_cannot_run_is_refused(
-    monkeypatch: pytest.MonkeyPatch, found: backend.Capabilities, model: dict[str, Any], says: str
+    monkeypatch: pytest.MonkeyPatch, capabilities: backend.Capabilities, model: dict[str, Any], says: str
 ) -> None:
-    machine(monkeypatch, found)
+    machine(monkeypatch, capabilities)
     config = config_with(**model)
     with pytest.raises(ConfigError, match=says):
         backend.check_backend(config.model, config.trainer.precision)
@@ -104,7 +104,7 @@ def test_block_scaling_is_accepted_on_blackwell(monkeypatch: pytest.MonkeyPatch,
 
 
 @pytest.mark.parametrize(
-    ("found", "model", "says"),
+    ("capabilities", "model", "says"),
     [
         (HOPPER, MXFP8, r"model\.fp8_recipe=mxfp8 needs a GPU with MXFP8 .* 10\.0.*here it is 9\.0.*=tensorwise"),
         (HOPPER, NVFP4, r"model\.fp4=e2m1 needs a GPU with NVFP4 .* 10\.0.*here it is 9\.0.*set model\.fp4=''"),
@@ -120,9 +120,9 @@ def test_block_scaling_is_accepted_on_blackwell(monkeypatch: pytest.MonkeyPatch,
     ],
 )
 def test_block_scaling_is_refused_elsewhere(
-    monkeypatch: pytest.MonkeyPatch, found: backend.Capabilities, model: dict[str, Any], says: str
+    monkeypatch: pytest.MonkeyPatch, capabilities: backend.Capabilities, model: dict[str, Any], says: str
 ) -> None:
-    machine(monkeypatch, found)
+    machine(monkeypatch, capabilities)
     engine_that_says(monkeypatch, False, "not on 12.0 yet.")
     config = config_with(**model)
     with pytest.raises(ConfigError, match=says):

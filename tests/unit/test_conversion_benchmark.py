@@ -27,14 +27,14 @@ def test_it_measures_rates_and_memory(tmp_path: Path) -> None:
         timeout=400,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    found = json.loads(out.read_text())
+    report = json.loads(out.read_text())
     # At least the requested 0.04 GB; the largest tensor is the bf16 embedding of 8 x 256 rows.
-    assert 40e6 <= found["bytes"] < 46e6 and found["largest_tensor"] == 2 * 8 * 256 * 256
-    before, after = found["copy_seconds"]
+    assert 40e6 <= report["bytes"] < 46e6 and report["largest_tensor"] == 2 * 8 * 256 * 256
+    before, after = report["copy_seconds"]
     for name in ("import", "export"):
-        [one] = found[f"{name}s"]
+        [one] = report[f"{name}s"]
         assert 0 < one["seconds"] < one["with_start"]
-        assert found["ratios"][name] == [(before + after) / 2 / one["seconds"]]
-        assert f"relative to the adjacent copies {found['ratios'][name][0]:.2f} (median" in done.stdout
-    assert len(found["imports"][0]["peak_memory"]) == 2 and len(found["exports"][0]["peak_memory"]) == 1
+        assert report["ratios"][name] == [(before + after) / 2 / one["seconds"]]
+        assert f"relative to the adjacent copies {report['ratios'][name][0]:.2f} (median" in done.stdout
+    assert len(report["imports"][0]["peak_memory"]) == 2 and len(report["exports"][0]["peak_memory"]) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["found.json"]

@@ -41,27 +41,30 @@ def devices_of_factories() -> dict[str, set[str]]:
     names = [f.__name__ for f in _device_constructors() if not any(word in f.__name__ for word in ELSEWHERE)]
     cpu_shim.install()
     one = torch.ones(2)
-    found: dict[str, set[str]] = {}
+    devices_by_name: dict[str, set[str]] = {}
     for device in ("cuda", "cuda:0", torch.device("cuda"), torch.cuda.current_device()):
         for name in names:
             made = getattr(torch, name)(*ARGUMENTS.get(name, (2,)), device=device)
-            found.setdefault(name, set()).add(str(made.device))
+            devices_by_name.setdefault(name, set()).add(str(made.device))
         for name in cpu_shim._LIKE:
             further = {"full_like": (1.0,), "randint_like": (3,)}.get(name, ())
             given = (0.0, 1.0, (2,)) if name == "normal" else (one, *further)
-            found.setdefault(name, set()).add(str(getattr(torch, name)(*given, device=device).device))
+            devices_by_name.setdefault(name, set()).add(str(getattr(torch, name)(*given, device=device).device))
         for name in cpu_shim._NEW:
             given = {"new_full": ((2,), 1.0), "new_empty_strided": ((2,), (1,)), "new_tensor": ([1.0],)}.get(name, (2,))
-            found.setdefault(name, set()).add(str(getattr(one, name)(*given, device=device).device))
-        found.setdefault("to", set()).update(str(x.device) for x in (one.to(device), one.to(device=device)))
-        found.setdefault("cuda", set()).add(str(one.cuda().device))
-    return found
+            devices_by_name.setdefault(name, set()).add(str(getattr(one, name)(*given, device=device).device))
+        devices_by_name.setdefault("to", set()).update(str(x.device) for x in (one.to(device), one.to(device=device)))
+        devices_by_name.setdefault("cuda", set()).add(str(one.cuda().device))
+    return devices_by_name
 
 
 def test_tensors_requested_on_cuda_are_on_the_cpu() -> None:
-    found = run_ranks(1, devices_of_factories)[0]
-    assert len(found) > 35 and {"zeros", "tensor", "randperm", "empty_like", "new_zeros"} <= found.keys()
-    assert {name: devices for name, devices in found.items() if devices != {"cpu"}} == {}
+    devices_by_name = run_ranks(1, devices_of_factories)[0]
+    assert (
+        len(devices_by_name) > 35
+        and {"zeros", "tensor", "randperm", "empty_like", "new_zeros"} <= devices_by_name.keys()
+    )
+    assert {name: devices for name, devices in devices_by_name.items() if devices != {"cpu"}} == {}
 
 
 def what_else_changes() -> dict[str, Any]:
@@ -69,7 +72,7 @@ def what_else_changes() -> dict[str, Any]:
     untouched = torch.add, torch.matmul, torch.Tensor.__getitem__, torch.nn.functional.linear
     cpu_shim.install()
     cpu_shim.install()
-    found: dict[str, Any] = {
+    behaviour: dict[str, Any] = {
         "modes": torch._C._len_torch_function_stack(),
         "untouched": untouched == (torch.add, torch.matmul, torch.Tensor.__getitem__, torch.nn.functional.linear),
         "pickled": pickle.loads(pickle.dumps(torch.zeros)) is torch.zeros,
@@ -78,16 +81,16 @@ def what_else_changes() -> dict[str, Any]:
         "pinned": torch.empty(2, pin_memory=True).is_pinned(),
     }
     with torch.device("meta"):
-        found["meta"] = [torch.zeros(2).device.type, torch.zeros(2, device="cpu").device.type]
-        found["meta, moved"] = torch.zeros(2).to("meta").device.type
+        behaviour["meta"] = [torch.zeros(2).device.type, torch.zeros(2, device="cpu").device.type]
+        behaviour["meta, moved"] = torch.zeros(2).to("meta").device.type
 
     def elsewhere() -> None:
-        found["thread"] = torch.zeros(1, device="cuda").device.type
+        behaviour["thread"] = torch.zeros(1, device="cuda").device.type
 
     thread = threading.Thread(target=elsewhere)
     thread.start()
     thread.join()
-    return found
+    return behaviour
 
 
 def test_nothing_else_changes() -> None:

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.timeout(1000)
 ASKED = {
     "no card": [],
     "unknown": ["--dry-run", "--no-such"],
-    "no folder": ["--dry-run", "--out", "/no/such/folder/found.json"],
+    "no folder": ["--dry-run", "--out", "/no/such/folder/reports.json"],
     "too few": ["--dry-run", "--rounds", "1"],
     "unknown shape": ["--dry-run", "--encoder", "vit_h"],
     "help": ["--help"],
@@ -36,7 +36,7 @@ for name in ("nemo", "lightning", "pytorch_lightning", "omegaconf", "hydra"):
     sys.modules[name] = None
 import torch
 torch.cuda.is_available = lambda: False
-found = {}
+reports = {}
 for name in json.loads(sys.argv[1]):
     main = importlib.import_module(name).main
     for words in json.loads(sys.argv[3]):
@@ -46,10 +46,10 @@ for name in json.loads(sys.argv[1]):
                 code = main(words)
             except SystemExit as error:
                 code = error.code
-        found[f"{name} {words}"] = [code, out.getvalue(), err.getvalue()]
+        reports[f"{name} {words}"] = [code, out.getvalue(), err.getvalue()]
 for name in json.loads(sys.argv[2]):
     importlib.import_module(name)
-print("FOUND" + json.dumps(found))
+print("FOUND" + json.dumps(reports))
 """
 
 
@@ -60,7 +60,7 @@ def run(*words: str, timeout: int = 900) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """JSON results of a dry run of all benchmarks."""
     folder = tmp_path_factory.mktemp("gpu") / "made"
     done = run("benchmarks/gpu/all.py", "--dry-run", "--out", str(folder), "--only", "kernels")
@@ -82,13 +82,13 @@ def test_a_benchmark_ends_at_its_limit(tmp_path: Path) -> None:
     assert refused.returncode == 2 and "--limit must be a positive number of seconds; it is 0." in refused.stderr
 
 
-def measured(found: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+def measured(reports: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """All cases that were measured."""
-    return [case for name in MODELS for case in found[name]["cases"] if "left_out" not in case]
+    return [case for name in MODELS for case in reports[name]["cases"] if "left_out" not in case]
 
 
-def test_each_says_where_and_how_it_was_measured(found: Any) -> None:
-    for name, one in found.items():
+def test_each_says_where_and_how_it_was_measured(reports: Any) -> None:
+    for name, one in reports.items():
         assert f"benchmarks/gpu/{name}.py" in one["command"] and "--dry-run" in one["command"]
         assert one["dry_run"] is True and len(one["date"]) == 10 and one["card"]["name"] == "no GPU"
         assert {"torch", "megatron-core", "transformers", "transformer-engine", "flash-attn"} <= set(one["versions"])
@@ -96,9 +96,9 @@ def test_each_says_where_and_how_it_was_measured(found: Any) -> None:
         assert one["limits"]["fp8"] is None and "8.9" in one["limits"]["fp8_left_out"]
 
 
-def test_both_implementations_do_the_same_work(found: Any) -> None:
+def test_both_implementations_do_the_same_work(reports: Any) -> None:
     """In fp32, loss and gradient norm match those of transformers for all three jobs."""
-    exact = [case for case in measured(found) if case["precision"] == "32" and case["equality"]]
+    exact = [case for case in measured(reports) if case["precision"] == "32" and case["equality"]]
     assert {case["job"] for case in exact} == {"pretrain", "sft", "dpo"}
     for case in exact:
         assert case["equality"]["equal"]
@@ -107,16 +107,16 @@ def test_both_implementations_do_the_same_work(found: Any) -> None:
         assert case["equality"]["loss"]["ours"] > 0.1 and case["equality"]["gradient_norm"]["ours"] > 1e-3
 
 
-def test_operations_by_hand_are_those_that_torch_counts(found: Any) -> None:
-    for case in measured(found):
+def test_operations_by_hand_are_those_that_torch_counts(reports: Any) -> None:
+    for case in measured(reports):
         assert set(case["counted"]) == set(case["sides"])
         for name, row in case["counted"].items():
             assert row["counted"] == pytest.approx(row["by_hand"], rel=1e-9), (case["name"], name)
 
 
-def test_rates_are_work_over_time(found: Any) -> None:
-    for case in measured(found):
-        limit = found[{"70b": "alignment_70b_fp8"}.get(case["llama"], "alignment_8b")]["limits"]["bf16"]
+def test_rates_are_work_over_time(reports: Any) -> None:
+    for case in measured(reports):
+        limit = reports[{"70b": "alignment_70b_fp8"}.get(case["llama"], "alignment_8b")]["limits"]["bf16"]
         for batch, work in zip(case["batches"], case["work"]):
             assert batch["targets"] < batch["tokens"] <= batch["padded_tokens"] and batch["images"] == batch["samples"]
             assert work["total"] == pytest.approx(sum(value for part, value in work.items() if part != "total"))
@@ -132,23 +132,23 @@ def test_rates_are_work_over_time(found: Any) -> None:
         assert 0 <= case["data_wait"]["share"] <= 1 and case["data_wait"]["workers"] == 1
 
 
-def test_what_cannot_run_here_is_named_with_its_reason(found: Any) -> None:
+def test_what_cannot_run_here_is_named_with_its_reason(reports: Any) -> None:
     for name in MODELS:
-        fp8 = [case for case in found[name]["cases"] if case["precision"].startswith("fp8")]
+        fp8 = [case for case in reports[name]["cases"] if case["precision"].startswith("fp8")]
         assert fp8 and all("needs Transformer Engine" in case["left_out"] for case in fp8)
-    [large] = [case for case in measured(found) if case["llama"] == "70b"]
+    [large] = [case for case in measured(reports) if case["llama"] == "70b"]
     assert "141 GB" in large["left_out_sides"]["huggingface"] and set(large["sides"]) == {"ours", "bare", "media"}
     assert large["fits"] is True
 
 
-def test_a_dry_run_gives_no_verdict(found: Any) -> None:
-    bars = [bar for case in measured(found) for bar in case["bars"]]
+def test_a_dry_run_gives_no_verdict(reports: Any) -> None:
+    bars = [bar for case in measured(reports) for bar in case["bars"]]
     assert {bar["name"] for bar in bars} >= {"share of the bf16 rate", "time waiting for data"}
     assert all(bar["met"] is None and bar["value"] is not None for bar in bars)
 
 
-def test_kernels_equal_eager_torch(found: Any) -> None:
-    parts = found["kernels"]["parts"]
+def test_kernels_equal_eager_torch(reports: Any) -> None:
+    parts = reports["kernels"]["parts"]
     assert set(parts) == {"RMSNorm", "SwiGLU", "RoPE", "packed attention", "cross-entropy"}
     for candidates in parts.values():
         assert {"eager torch", "Transformer Engine", "flash-attn"} <= set(candidates)
@@ -162,7 +162,7 @@ def test_kernels_equal_eager_torch(found: Any) -> None:
 
 
 def test_one_side_after_the_other_and_a_profile(tmp_path: Path) -> None:
-    out = tmp_path / "found.json"
+    out = tmp_path / "reports.json"
     words = ["--precision", "32", "--sides", "ours", "huggingface", "--apart", "--profile", "--recompute", "full"]
     done = run("benchmarks/gpu/alignment_8b.py", "--dry-run", "--out", str(out), *words)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -171,7 +171,7 @@ def test_one_side_after_the_other_and_a_profile(tmp_path: Path) -> None:
     assert case["equality"]["equal"] and set(case["sides"]) == {"ours", "huggingface"}
     assert {side["recompute"] for side in case["sides"].values()} == {"full"}
     assert case["counted"]["ours"]["counted"] == pytest.approx(case["counted"]["ours"]["by_hand"], rel=1e-9)
-    beside = json.loads((tmp_path / f"found.{case['name']}.profile.json").read_text())
+    beside = json.loads((tmp_path / f"reports.{case['name']}.profile.json").read_text())
     assert beside["top"][0]["share"] >= beside["top"][-1]["share"] > 0 and "profile of 3 steps" in done.stdout
 
 
@@ -190,14 +190,14 @@ def test_refusals_and_help_without_nemo() -> None:
     of_models = {"too few": "--rounds must be at least 2", "unknown shape": "invalid choice: 'vit_h'"}
     for name in scripts:
         for case, message in {**refusals, **(of_models if name in MODELS else {})}.items():
-            exit_code, _, said = answers[f"{name} {ASKED[case]}"]
-            assert exit_code == 2 and message.format(name=name) in said, (name, case, said)
+            exit_code, _, output = answers[f"{name} {ASKED[case]}"]
+            assert exit_code == 2 and message.format(name=name) in output, (name, case, output)
         # A single line.
         assert answers[f"{name} {ASKED['no card']}"][2].count("\n") == 1
-        exit_code, said, _ = answers[f"{name} {ASKED['help']}"]
-        assert exit_code == 0 and "--out FILE.json" in said
+        exit_code, output, _ = answers[f"{name} {ASKED['help']}"]
+        assert exit_code == 0 and "--out FILE.json" in output
         if name in MODELS:
-            assert "4 x parameters of the frozen Llama's layers x tokens" in said and "MFU =" in said
+            assert "4 x parameters of the frozen Llama's layers x tokens" in output and "MFU =" in output
 
 
 @pytest.fixture
@@ -211,12 +211,12 @@ def modules(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_bars_have_verdicts_on_a_card(modules: Any) -> None:
     report, shapes = modules("report"), modules("shapes")
     case = shapes.Case("pretrain", "8b", "vit_l", 6, 4096, "bf16", packs=4, workers=8, dry_run=False)
-    found = {
+    results = {
         "sides": {"ours": {"share_of_bf16_rate": 0.56}},
         "ratios": {"huggingface_over_ours": {"median": 1.29}, "ours_over_bare_and_media": {"median": 1.04}},
         "data_wait": {"share": 0.02},
     }
-    assert [bar["met"] for bar in report.bars(case, found)] == [True, False, True, False]
+    assert [bar["met"] for bar in report.bars(case, results)] == [True, False, True, False]
     missing = {"sides": {}, "ratios": {}, "data_wait": None}
     assert [bar["met"] for bar in report.bars(case, missing)] == [None] * 4
 

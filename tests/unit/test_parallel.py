@@ -16,13 +16,13 @@ from megatron_anymal.parallel import initialize, next_number, shutdown
 
 def numbers(folder: Path) -> list[list[int]]:
     """In a rank: numbers of three jobs, of which it joins the last one twice."""
-    config, found = make_config("shards", "tokenizer", folder), []
+    config, job_numbers = make_config("shards", "tokenizer", folder), []
     for _ in range(3):
         shutdown()
         initialize(config)
-        found.append([next_number() for _ in range(3)])
+        job_numbers.append([next_number() for _ in range(3)])
     initialize(config)
-    return [*found, [next_number()]]
+    return [*job_numbers, [next_number()]]
 
 
 def test_numbers_begin_anew_in_each_job(tmp_path: Path) -> None:

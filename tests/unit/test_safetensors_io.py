@@ -37,15 +37,15 @@ KINDS = [
 def random_bits() -> dict[str, torch.Tensor]:
     """A tensor of every dtype with arbitrary bit patterns (including infinities and NaN), plus unusual shapes."""
     generator = torch.Generator().manual_seed(0)
-    found = {
+    tensors = {
         str(kind): torch.randint(256, (3, 5 * kind.itemsize), generator=generator, dtype=torch.uint8).view(kind)
         for kind in KINDS
     }
-    found["flag"] = torch.tensor([True, False, True])
-    found["scalar"] = torch.tensor(7.0)
-    found["empty"] = torch.zeros(0, 4)
-    found["four"] = torch.randn(2, 3, 1, 4)
-    return found
+    tensors["flag"] = torch.tensor([True, False, True])
+    tensors["scalar"] = torch.tensor(7.0)
+    tensors["empty"] = torch.zeros(0, 4)
+    tensors["four"] = torch.randn(2, 3, 1, 4)
+    return tensors
 
 
 def same(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -56,17 +56,21 @@ def same(one: torch.Tensor, other: torch.Tensor) -> bool:
 def test_reads_what_safetensors_wrote(tmp_path: Path) -> None:
     tensors = random_bits()
     save_file(tensors, tmp_path / "a.safetensors", metadata={"format": "pt"})
-    found = SafetensorsFile(tmp_path / "a.safetensors")
-    assert set(found) == set(tensors) and len(found) == len(tensors) and found.metadata == {"format": "pt"}
+    tensor_file = SafetensorsFile(tmp_path / "a.safetensors")
+    assert (
+        set(tensor_file) == set(tensors)
+        and len(tensor_file) == len(tensors)
+        and tensor_file.metadata == {"format": "pt"}
+    )
     for name, tensor in tensors.items():
-        assert same(found[name], tensor), name
-        entry = found.entry(name)
+        assert same(tensor_file[name], tensor), name
+        entry = tensor_file.entry(name)
         assert (entry.dtype, entry.shape, entry.size) == (tensor.dtype, tuple(tensor.shape), tensor.nbytes)
-        pieces = list(found.pieces(name))
+        pieces = list(tensor_file.pieces(name))
         assert same(torch.cat(pieces) if pieces else tensor.reshape(-1), tensor.reshape(-1))
     # A copy: modifying it changes neither the file nor the next read.
-    found["four"].fill_(1.0)
-    assert same(found["four"], tensors["four"])
+    tensor_file["four"].fill_(1.0)
+    assert same(tensor_file["four"], tensors["four"])
 
 
 def test_inside_a_larger_file(tmp_path: Path) -> None:
@@ -74,8 +78,8 @@ def test_inside_a_larger_file(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "a.safetensors")
     whole = tmp_path / "whole"
     whole.write_bytes(b"x" * 513 + (tmp_path / "a.safetensors").read_bytes() + b"behind it")
-    found = SafetensorsFile(whole, 513)
-    assert all(same(found[name], tensor) for name, tensor in tensors.items())
+    tensor_file = SafetensorsFile(whole, 513)
+    assert all(same(tensor_file[name], tensor) for name, tensor in tensors.items())
 
 
 def test_safetensors_reads_what_was_written(tmp_path: Path) -> None:
@@ -113,9 +117,9 @@ def rewrite_header(path: Path, change: dict[str, object]) -> None:
     path.write_bytes(struct.pack("<Q", len(changed)) + changed + raw[8 + length :])
 
 
-def overwrite(path: Path, place: int, data: bytes) -> None:
+def overwrite(path: Path, offset: int, data: bytes) -> None:
     raw = bytearray(path.read_bytes())
-    raw[place : place + len(data)] = data
+    raw[offset : offset + len(data)] = data
     path.write_bytes(bytes(raw))
 
 
@@ -141,22 +145,22 @@ DAMAGE = {
 def test_damage_is_named(damage: str, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     save_file({"a": torch.zeros(6), "b": torch.zeros(2, 4)}, path)
-    harm, said = DAMAGE[damage]
+    harm, expected_message = DAMAGE[damage]
     harm(path)
     with pytest.raises(TensorFileError) as error:
         SafetensorsFile(path)
-    assert said in str(error.value) and str(path) in str(error.value) and "again" in str(error.value)
+    assert expected_message in str(error.value) and str(path) in str(error.value) and "again" in str(error.value)
 
 
 def test_a_file_that_shrinks_and_one_that_is_not_there(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     save_file({"a": torch.zeros(6), "b": torch.zeros(2, 4)}, path)
-    found = SafetensorsFile(path)
+    tensor_file = SafetensorsFile(path)
     with path.open("r+b") as file:
         file.truncate(path.stat().st_size - 4)
-    assert len(found["a"]) == 6
+    assert len(tensor_file["a"]) == 6
     with pytest.raises(TensorFileError, match="ends inside 'b'"):
-        found["b"]
+        tensor_file["b"]
     with pytest.raises(TensorFileError, match="cannot be read"):
         SafetensorsFile(tmp_path / "none.safetensors")
 
@@ -176,10 +180,10 @@ def write_index(folder: Path, places: dict[str, int]) -> None:
 
 
 def test_a_sharded_folder_is_one_mapping(sharded: Path) -> None:
-    found = HFWeights(sharded)
-    assert sorted(found) == ["a", "b", "c"] and len(found) == 3 and list(found.files) == sorted(found.files)
-    assert found["c"].tolist() == [2.0] * 4 and found.entry("b").shape == (3,)
-    assert found.file_of("c") == "model-00002-of-00002.safetensors"
+    weights = HFWeights(sharded)
+    assert sorted(weights) == ["a", "b", "c"] and len(weights) == 3 and list(weights.files) == sorted(weights.files)
+    assert weights["c"].tolist() == [2.0] * 4 and weights.entry("b").shape == (3,)
+    assert weights.file_of("c") == "model-00002-of-00002.safetensors"
 
 
 SECOND = "model-00002-of-00002.safetensors"
@@ -204,9 +208,9 @@ FOLDER_DAMAGE = {
 
 @pytest.mark.parametrize("damage", FOLDER_DAMAGE)
 def test_a_damaged_folder_is_named(damage: str, sharded: Path) -> None:
-    harm, said = FOLDER_DAMAGE[damage]
+    harm, expected_message = FOLDER_DAMAGE[damage]
     harm(sharded)
-    with pytest.raises(TensorFileError, match=said):
+    with pytest.raises(TensorFileError, match=expected_message):
         HFWeights(sharded)
 
 

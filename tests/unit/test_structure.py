@@ -66,15 +66,15 @@ RANK = {name: rank for rank, row in enumerate(ORDER) for name in row}
 
 def imports_of(path: Path) -> set[str]:
     """Top-level modules of the package that a file imports, including imports inside functions."""
-    found = set()
+    modules = set()
     for node in ast.walk(ast.parse(path.read_text())):
         names = []
         if isinstance(node, ast.ImportFrom) and node.module and not node.level:
             names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
         elif isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
-        found |= {n.split(".")[1] for n in names if n.startswith("megatron_anymal.")}
-    return found & RANK.keys()
+        modules |= {n.split(".")[1] for n in names if n.startswith("megatron_anymal.")}
+    return modules & RANK.keys()
 
 
 def test_every_module_has_its_place() -> None:
@@ -201,8 +201,8 @@ def takers_of_the_whole(path: Path) -> Iterator[str]:
 
 def test_builders_take_the_section_they_read() -> None:
     folders = (PACKAGE, ROOT / "checkpoint_tools", ROOT / "examples")
-    found = {name for folder in folders for path in folder.rglob("*.py") for name in takers_of_the_whole(path)}
-    reasons = {name: {entry for entry in WHOLE_RUN if f"{name}.".startswith(f"{entry}.")} for name in found}
+    takers = {name for folder in folders for path in folder.rglob("*.py") for name in takers_of_the_whole(path)}
+    reasons = {name: {entry for entry in WHOLE_RUN if f"{name}.".startswith(f"{entry}.")} for name in takers}
     assert not sorted(name for name, entries in reasons.items() if not entries)
     # No entry remains after its last function.
     assert set().union(*reasons.values()) == WHOLE_RUN.keys()

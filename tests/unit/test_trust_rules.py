@@ -49,15 +49,15 @@ def calls() -> Iterator[tuple[str, str, dict[str, Any]]]:
 
 
 def test_unsafe_reading_is_not_called() -> None:
-    found = list(calls())
-    wrong = [f"{where}: {what}" for where, what, _ in found if what in FORBIDDEN and (where, what) != PICKLED_HERE]
-    for where, what, given in found:
+    call_sites = list(calls())
+    wrong = [f"{where}: {what}" for where, what, _ in call_sites if what in FORBIDDEN and (where, what) != PICKLED_HERE]
+    for where, what, given in call_sites:
         if what in NEEDED and given.get(NEEDED[what][0]) != NEEDED[what][1]:
             wrong.append(f"{where}: {what} without {NEEDED[what]}")
         if given.get("trust_remote_code") is True and where not in RUNS_EXPORTS:
             wrong.append(f"{where}: {what} trusts")
     assert not wrong
-    assert {what for _, what, _ in found} >= NEEDED.keys(), "some rules match no call"
+    assert {what for _, what, _ in call_sites} >= NEEDED.keys(), "some rules match no call"
 
 
 class MakeFolder:

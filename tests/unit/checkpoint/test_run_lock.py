@@ -28,10 +28,10 @@ def owner(**changes: Any) -> Owner:
     return replace(me, **changes)
 
 
-def place(run: Path, there: Owner) -> Path:
+def place(run: Path, lock_owner: Owner) -> Path:
     run.mkdir(exist_ok=True)
     path = run / LOCK
-    path.write_text(json.dumps(asdict(there)))
+    path.write_text(json.dumps(asdict(lock_owner)))
     return path
 
 
@@ -80,20 +80,20 @@ def test_of_two_processes_one_gets_it(tmp_path: Path) -> None:
             RunLock(tmp_path, 60)
         first.kill()
         first.wait(10)
-        said: list[str] = []
-        lock = RunLock(tmp_path, 60, said.append)
-        assert len(said) == 1 and f"process {first.pid}" in said[0] and "which has ended" in said[0]
+        messages: list[str] = []
+        lock = RunLock(tmp_path, 60, messages.append)
+        assert len(messages) == 1 and f"process {first.pid}" in messages[0] and "which has ended" in messages[0]
         lock.release()
 
 
 def test_a_dead_owners_lock_is_taken_over_at_once(tmp_path: Path) -> None:
     pid, began = gone()
     place(tmp_path, owner(pid=pid, began=began))
-    said: list[str] = []
+    messages: list[str] = []
     begun = time.monotonic()
-    RunLock(tmp_path, 60, said.append).release()
+    RunLock(tmp_path, 60, messages.append).release()
     assert time.monotonic() - begun < 5
-    assert len(said) == 1 and "taking over" in said[0] and f"process {pid}" in said[0]
+    assert len(messages) == 1 and "taking over" in messages[0] and f"process {pid}" in messages[0]
 
 
 def test_a_number_used_again_is_not_the_owner(tmp_path: Path) -> None:
@@ -116,11 +116,11 @@ def test_a_slurm_job_started_anew_takes_over_from_its_earlier_start(
 @pytest.mark.parametrize("elsewhere", [{"host": "node7"}, {"boot": "another"}])
 def test_a_crashed_machines_lock_does_not_block_for_ever(tmp_path: Path, elsewhere: dict[str, str]) -> None:
     place(tmp_path, owner(**elsewhere))
-    said: list[str] = []
+    messages: list[str] = []
     begun = time.monotonic()
-    lock = RunLock(tmp_path, 1.5, said.append)
+    lock = RunLock(tmp_path, 1.5, messages.append)
     assert 1.5 <= time.monotonic() - begun < 10
-    assert "waiting up to 1.5 s" in said[0] and "gave no sign of life for 1.5 s" in said[1]
+    assert "waiting up to 1.5 s" in messages[0] and "gave no sign of life for 1.5 s" in messages[1]
     lock.check()
     lock.release()
 
@@ -155,9 +155,9 @@ def test_the_owner_gives_signs_of_life(tmp_path: Path) -> None:
 
 def test_a_damaged_lock_is_taken_over_once_nobody_touches_it(tmp_path: Path) -> None:
     (tmp_path / LOCK).write_bytes(b"\x00\xff{")
-    said: list[str] = []
-    RunLock(tmp_path, 1.0, said.append).release()
-    assert "unknown job" in said[0]
+    messages: list[str] = []
+    RunLock(tmp_path, 1.0, messages.append).release()
+    assert "unknown job" in messages[0]
 
 
 def test_an_owner_that_was_taken_over_finds_out_and_leaves_the_new_ones_lock(tmp_path: Path) -> None:

@@ -84,17 +84,17 @@ PLACES = {
 
 @pytest.mark.parametrize("name", PLACES)
 def test_code_in_a_pickle_is_refused_and_does_not_run(name: str, tmp_path: Path) -> None:
-    place, said = PLACES[name]
+    insert, expected_message = PLACES[name]
     folder, marker = tmp_path / "checkpoint", tmp_path / "marker"
     write(folder)
     check_pickles(folder)
-    place(folder, MakeFolder(marker))
-    with pytest.raises(CheckpointError, match=said):
+    insert(folder, MakeFolder(marker))
+    with pytest.raises(CheckpointError, match=expected_message):
         check_pickles(folder)
-    with pytest.raises(CheckpointError, match=said):
+    with pytest.raises(CheckpointError, match=expected_message):
         safe_loading.load({}, folder)
     if "metadata" in name:
-        with pytest.raises(CheckpointError, match=said):
+        with pytest.raises(CheckpointError, match=expected_message):
             StreamReader(folder)
     assert not marker.exists()
 
@@ -175,10 +175,10 @@ def test_the_list_is_what_checkpoints_consist_of(tmp_path: Path) -> None:
     assert needed - dtypes == ALLOWED.keys()
 
 
-def assert_same(found: CheckpointContents, expected: Metadata) -> None:
+def assert_same(contents: CheckpointContents, expected: Metadata) -> None:
     """Check what was read without torch's classes against what they hold."""
-    assert found.tensors.keys() | found.objects.keys() == expected.state_dict_metadata.keys()
-    for name, stored in found.tensors.items():
+    assert contents.tensors.keys() | contents.objects.keys() == expected.state_dict_metadata.keys()
+    for name, stored in contents.tensors.items():
         entry = expected.state_dict_metadata[name]
         assert isinstance(entry, TensorStorageMetadata)
         assert getattr(torch, stored.dtype) == entry.properties.dtype and stored.shape == tuple(entry.size)
@@ -187,7 +187,7 @@ def assert_same(found: CheckpointContents, expected: Metadata) -> None:
             assert (chunk.offset, chunk.size) == (tuple(theirs.offsets), tuple(theirs.sizes))
             info = expected.storage_data[MetadataIndex(name, theirs.offsets)]
             assert (file, chunk.begin, chunk.length) == (info.relative_path, info.offset, info.length)
-    for name, span in found.objects.items():
+    for name, span in contents.objects.items():
         info = expected.storage_data[MetadataIndex(name)]
         assert (span.file, span.begin, span.length) == (info.relative_path, info.offset, info.length)
 

@@ -50,9 +50,9 @@ def checkpoints(tmp_path: Path) -> Path:
 def test_commit_and_read_back(checkpoints: Path) -> None:
     assert sorted(p.name for p in checkpoints.iterdir()) == ["step_00000003", "step_00000006", "step_00000012"]
     folder = committed_folder(checkpoints, 6)
-    found = read_manifest(folder, verify=True)
-    assert set(found.files) == {"a.distcp", "deep/b.pt"}
-    assert {**vars(found), "files": {}} == vars(manifest(6))
+    stored_manifest = read_manifest(folder, verify=True)
+    assert set(stored_manifest.files) == {"a.distcp", "deep/b.pt"}
+    assert {**vars(stored_manifest), "files": {}} == vars(manifest(6))
 
 
 def test_commit_replaces_one_of_the_same_step(checkpoints: Path) -> None:
@@ -129,9 +129,9 @@ def test_a_file_that_cannot_be_read_is_damage(checkpoints: Path, monkeypatch: py
     assert "'a.distcp' cannot be read (Input/output error)" in problems[0]
 
 
-def flip(path: Path, place: int = 0) -> None:
+def flip(path: Path, offset: int = 0) -> None:
     data = bytearray(path.read_bytes())
-    data[place] ^= 0x80
+    data[offset] ^= 0x80
     path.write_bytes(bytes(data))
 
 
@@ -163,11 +163,11 @@ DAMAGE = {
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(damage: str, checkpoints: Path) -> None:
-    harm, said = DAMAGE[damage]
+    harm, expected_message = DAMAGE[damage]
     harm(committed_folder(checkpoints, 12))
     folder, problems = newest_valid(checkpoints)
     assert folder == committed_folder(checkpoints, 6)
-    assert len(problems) == 1 and said in problems[0] and "step_00000012" in problems[0]
+    assert len(problems) == 1 and expected_message in problems[0] and "step_00000012" in problems[0]
 
 
 def test_none_left_names_all(checkpoints: Path) -> None:

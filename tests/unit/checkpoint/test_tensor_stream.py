@@ -51,10 +51,10 @@ def test_torch_reads_what_was_written(tmp_path: Path) -> None:
     digests = write(tmp_path)
     assert digests == {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in tmp_path.iterdir()}
     assert set(digests) == {".metadata", "common.pt", "metadata.json", "part_0.distcp", "part_1.distcp"}
-    found = {name: torch.zeros_like(tensor) for name, tensor in tensors().items()}
-    dcp.load(found, checkpoint_id=str(tmp_path), no_dist=True)
+    loaded_tensors = {name: torch.zeros_like(tensor) for name, tensor in tensors().items()}
+    dcp.load(loaded_tensors, checkpoint_id=str(tmp_path), no_dist=True)
     for name, tensor in tensors().items():
-        assert torch.equal(found[name], tensor), name
+        assert torch.equal(loaded_tensors[name], tensor), name
     assert torch.load(tmp_path / "common.pt") == {"step": 5}
 
 
@@ -162,12 +162,12 @@ def test_a_chunk_is_what_torch_save_writes(tmp_path: Path, dtype: torch.dtype, s
         torch.save(tensor, saved := io.BytesIO())
     finally:
         torch.serialization.set_crc32_options(options)
-    raw, place = memoryview(raw_bytes(tensor)), [0] * len(size)
+    raw, offset = memoryview(raw_bytes(tensor)), [0] * len(size)
     for number, parts in enumerate(([raw], [raw[:5], raw[5:6], raw[6:]])):
         file = StreamWriter(tmp_path / f"{number}.distcp")
-        file.add_values("w", dtype, size, place, size, parts)
+        file.add_values("w", dtype, size, offset, size, parts)
         # The same tensor as a second chunk, from memory and as a slice of a larger tensor.
-        file.add("v", size, place, torch.stack([tensor, tensor])[1])
+        file.add("v", size, offset, torch.stack([tensor, tensor])[1])
         stored = file.close()
         assert (tmp_path / stored.name).read_bytes() == saved.getvalue() * 2
         assert [(chunk.begin, chunk.length) for chunk in stored.chunks] == [

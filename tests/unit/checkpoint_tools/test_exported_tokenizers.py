@@ -36,11 +36,15 @@ def test_a_tokenizer_of_any_files_is_written_whole(name: str, tmp_path: Path) ->
     source = tokenizer_folders.make(name, tmp_path / "source")
     run = Tokenizer(source)
     out = exported(source, tmp_path / "out")
-    found = Tokenizer(str(out))
-    assert found.hf.get_vocab() == run.hf.get_vocab()
-    assert (found.begin, found.end, found.control) == (run.begin, run.end, run.control)
+    exported_tokenizer = Tokenizer(str(out))
+    assert exported_tokenizer.hf.get_vocab() == run.hf.get_vocab()
+    assert (exported_tokenizer.begin, exported_tokenizer.end, exported_tokenizer.control) == (
+        run.begin,
+        run.end,
+        run.control,
+    )
     for text in TEXTS:
-        assert found.encode(text) == run.encode(text)
+        assert exported_tokenizer.encode(text) == run.encode(text)
     assert json.loads((out / "generation_config.json").read_text())["bos_token_id"] == run.begin
     if name != "dropout":
         assert compare_chat_ids(out, run, {}, DataConfig()) == 5
@@ -61,11 +65,11 @@ def test_a_sentencepiece_model_alone_is_carried_along(tmp_path: Path) -> None:
     assert config.data.tokenizer == str(folder)
     run = Tokenizer(str(folder))
     before = run.fingerprint()
-    found = Tokenizer(str(exported(str(folder), tmp_path / "out")))
+    exported_tokenizer = Tokenizer(str(exported(str(folder), tmp_path / "out")))
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     for text in TEXTS:
         ids = run.encode(text)
-        assert ids == found.encode(text) and not {run.begin, run.end} & set(ids)
+        assert ids == exported_tokenizer.encode(text) and not {run.begin, run.end} & set(ids)
         assert pieces.decode(ids).strip() == text.strip()
     assert run.fingerprint() == before == Tokenizer(str(folder)).fingerprint()
 

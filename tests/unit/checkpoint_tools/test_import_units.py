@@ -55,11 +55,11 @@ def test_the_bytes_are_those_of_whole_tensors(
             key, layer = checkpoint_position(name)
             size = whole_shape(name, hf)
             for row, chunk in chunks_from_hf(name, hf, source.__getitem__):
-                place = (row, *[0] * (len(size) - 1))
+                offset = (row, *[0] * (len(size) - 1))
                 if layer is None:
-                    whole.add(key, size, place, chunk)
+                    whole.add(key, size, offset, chunk)
                 else:
-                    whole.add(key, (hf.num_hidden_layers, *size), (layer, *place), chunk[None])
+                    whole.add(key, (hf.num_hidden_layers, *size), (layer, *offset), chunk[None])
         expected = whole.close()
         assert files[-1].chunks == expected.chunks and files[-1].sha256 == expected.sha256
         assert (tmp_path / unit.file).read_bytes() == (tmp_path / "whole.distcp").read_bytes()
@@ -68,20 +68,20 @@ def test_the_bytes_are_those_of_whole_tensors(
     write_index(tmp_path, files, {})
     reader = StreamReader(tmp_path)
     for name in whole_names(hf):
-        found, expected_tensor = reader.read(*checkpoint_position(name)), from_hf(name, hf, source.__getitem__)
-        assert found.dtype == expected_tensor.dtype and raw_bytes(found) == raw_bytes(expected_tensor), name
+        tensor, expected_tensor = reader.read(*checkpoint_position(name)), from_hf(name, hf, source.__getitem__)
+        assert tensor.dtype == expected_tensor.dtype and raw_bytes(tensor) == raw_bytes(expected_tensor), name
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("place", [0, 700, -1])
+@pytest.mark.parametrize("index", [0, 700, -1])
 def test_one_value_that_is_not_finite_is_found(
-    value: float, place: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    value: float, index: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(spans, "_PART", 1000)
     hf = llama(tmp_path / "llama", torch.bfloat16, **SHAPES["grouped"])
     model = LlamaForCausalLM.from_pretrained(tmp_path / "llama")
     with torch.no_grad():
-        model.model.layers[1].self_attn.k_proj.weight.view(-1)[place] = value
+        model.model.layers[1].self_attn.k_proj.weight.view(-1)[index] = value
     model.save_pretrained(tmp_path / "harmed")
     with pytest.raises(TensorFileError, match=r"model\.layers\.1\.self_attn\.k_proj\.weight.*NaN or infinite"):
         for unit in units_of(hf):

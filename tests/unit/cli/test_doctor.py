@@ -24,8 +24,8 @@ ROOT = Path(__file__).parents[3]
 
 
 def finding(name: str) -> environment.Finding:
-    (found,) = [found for found in environment.examine() if found.part == name]
-    return found
+    (diagnosis,) = [diagnosis for diagnosis in environment.examine() if diagnosis.part == name]
+    return diagnosis
 
 
 @pytest.fixture
@@ -50,9 +50,9 @@ def test_foreign_apex_is_recognised_and_not_imported(site):
     add_distribution(site, "apex", "0.9.10.dev0", "apex/__init__.py", "apex/models.py")
     assert apex_kind() == "foreign" and backend.capabilities().foreign_apex
     assert not backend.capabilities().nvidia_apex
-    found = finding("apex")
-    assert (found.state, found.version) == (environment.FOREIGN, "0.9.10.dev0")
-    assert found.fix.startswith("pip uninstall -y apex") and "-e '.[apex]'" in found.fix
+    diagnosis = finding("apex")
+    assert (diagnosis.state, diagnosis.version) == (environment.FOREIGN, "0.9.10.dev0")
+    assert diagnosis.fix.startswith("pip uninstall -y apex") and "-e '.[apex]'" in diagnosis.fix
 
 
 def test_nvidia_apex(site):
@@ -77,8 +77,8 @@ def test_version_out_of_range_and_exit_code(site, capsys):
 
 def test_half_of_transformer_engine_is_named(site):
     add_distribution(site, "transformer_engine", "2.11.0", "transformer_engine/__init__.py")
-    found = finding("transformer-engine")
-    assert found.state == environment.BROKEN and "--force-reinstall" in found.fix and "[te]" in found.fix
+    diagnosis = finding("transformer-engine")
+    assert diagnosis.state == environment.BROKEN and "--force-reinstall" in diagnosis.fix and "[te]" in diagnosis.fix
     # The folder of PyPI's package; a build from source has it in the others.
     for folder in ("transformer_engine/wheel_lib", "transformer_engine", "."):
         extension = site / folder / "transformer_engine_torch.cpython-311-x86_64-linux-gnu.so"
@@ -95,13 +95,13 @@ def test_attention_that_does_not_repeat_is_named(site, monkeypatch, value, state
     variable = "NVTE_ALLOW_NONDETERMINISTIC_ALGO"
     monkeypatch.delenv(variable, raising=False)
     if not is_importable("transformer_engine"):
-        assert variable not in {found.part for found in environment.examine()}
+        assert variable not in {diagnosis.part for diagnosis in environment.examine()}
         add_distribution(site, "transformer_engine", "2.11.0", "transformer_engine/__init__.py")
     if value is not None:
         monkeypatch.setenv(variable, value)
-    found = finding(variable)
-    assert (found.version, found.state) == (value or "0", state)
-    assert (f"unset {variable}" in found.fix) == (state != "ok") and not found.required
+    diagnosis = finding(variable)
+    assert (diagnosis.version, diagnosis.state) == (value or "0", state)
+    assert (f"unset {variable}" in diagnosis.fix) == (state != "ok") and not diagnosis.required
 
 
 HALF = """
@@ -138,10 +138,10 @@ def test_half_of_transformer_engine_counts_as_none(site, hooks, code):
     )
     assert done.returncode == code
     if not code:
-        *each, found = done.stdout.splitlines()
+        *each, last_line = done.stdout.splitlines()
         assert len(each) == 4
         assert all(one.startswith("no library; pip install --no-build-isolation -e '.[te]'") for one in each)
-        assert "it does not import (ImportError: no library; pip install" in found
+        assert "it does not import (ImportError: no library; pip install" in last_line
 
 
 def test_missing_required_part(monkeypatch, capsys):
@@ -162,8 +162,12 @@ def test_missing_optional_part_does_not_fail(monkeypatch):
     present = environment.is_importable
     monkeypatch.setattr(environment, "is_importable", lambda module: module != "s3fs" and present(module))
     monkeypatch.setattr(environment, "version_of", lambda name: "" if name == "s3fs" else "1")
-    found = finding("s3fs")
-    assert (found.state, found.required, found.fix) == (environment.MISSING, False, "pip install -e '.[s3]'")
+    diagnosis = finding("s3fs")
+    assert (diagnosis.state, diagnosis.required, diagnosis.fix) == (
+        environment.MISSING,
+        False,
+        "pip install -e '.[s3]'",
+    )
 
 
 def setup_requirements() -> tuple[list[str], dict[str, list[str]]]:
@@ -220,8 +224,8 @@ def test_a_version_that_breaks_the_others_is_required_to_change(site, monkeypatc
     monkeypatch.setattr(environment, "REQUIREMENTS", (environment.REQUIREMENTS[0], part))
     assert not finding("nvidia-resiliency-ext").required
     add_distribution(site, "nvidia_resiliency_ext", "0.4.1", "nvidia_resiliency_ext/__init__.py")
-    found = finding("nvidia-resiliency-ext")
-    assert (found.state, found.required) == (environment.OUT_OF_RANGE, breaks)
+    diagnosis = finding("nvidia-resiliency-ext")
+    assert (diagnosis.state, diagnosis.required) == (environment.OUT_OF_RANGE, breaks)
 
 
 @pytest.mark.parametrize(
@@ -244,12 +248,12 @@ def test_the_package_whose_wheels_need_a_newer_system_is_not_to_be_installed(
     [part] = [one for one in environment.REQUIREMENTS if one.distribution == "nvidia-resiliency-ext"]
     monkeypatch.setattr(environment, "REQUIREMENTS", (environment.REQUIREMENTS[0], part))
     monkeypatch.setattr(environment, "version_of", lambda name: "")
-    found = finding("nvidia-resiliency-ext")
-    assert found.state == environment.MISSING and found.fix.startswith(missing)
+    package_finding = finding("nvidia-resiliency-ext")
+    assert package_finding.state == environment.MISSING and package_finding.fix.startswith(missing)
     monkeypatch.setattr(environment, "is_importable", lambda module: True)
     monkeypatch.setattr(environment, "version_of", lambda name: "0.3.0")
-    found = finding("nvidia-resiliency-ext")
-    assert found.state == environment.OUT_OF_RANGE and found.fix.startswith(other)
+    package_finding = finding("nvidia-resiliency-ext")
+    assert package_finding.state == environment.OUT_OF_RANGE and package_finding.fix.startswith(other)
 
 
 FAKE = backend.Capabilities(("H100",), (9, 0), "2.11.0", "", "", False, False, "", True, True)

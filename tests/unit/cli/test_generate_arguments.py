@@ -63,10 +63,10 @@ def test_arguments_are_refused_by_name(name: str, folder: Path, capsys: pytest.C
     given, words = REFUSED[name]
     argv = [text.replace("F/", f"{folder}/") for text in given]
     assert main(["generate", "--checkpoint=/nowhere", *argv]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("error: ") and said.count("\n") == 1
+    stderr = capsys.readouterr().err
+    assert stderr.startswith("error: ") and stderr.count("\n") == 1
     for word in words:
-        assert word.replace("F/", f"{folder}/") in said
+        assert word.replace("F/", f"{folder}/") in stderr
 
 
 FOLDERS = {
@@ -86,10 +86,10 @@ FOLDERS = {
 def test_a_folder_says_what_it_is(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     which, further, words = FOLDERS[name]
     assert main(["generate", f"--checkpoint={folder / which}", "--text=hi", *further]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("error: ") and said.count("\n") == 1
+    stderr = capsys.readouterr().err
+    assert stderr.startswith("error: ") and stderr.count("\n") == 1
     for word in words:
-        assert word in said
+        assert word in stderr
 
 
 def test_several_processes_are_refused_where_one_answers(

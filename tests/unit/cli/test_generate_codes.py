@@ -68,12 +68,14 @@ def test_a_drawing_is_the_picture_that_transformers_decodes(
     from transformers import Emu3VQVAE
 
     asked = ["--text=seven", "--modalities=picture", "--max-new-tokens=18", f"--media-out={tmp_path}/m"]
-    said = run(generate.main, folders, capsys, *asked)
-    assert f"picture: {tmp_path}/m/0-1.picture.codes.npy (codes; --media-tokenizer picture=TOKENIZER turns them" in said
+    output = run(generate.main, folders, capsys, *asked)
+    assert (
+        f"picture: {tmp_path}/m/0-1.picture.codes.npy (codes; --media-tokenizer picture=TOKENIZER turns them" in output
+    )
     written = np.load(tmp_path / "m/0-1.picture.codes.npy")
     assert written.shape == (1, 16) and len(np.unique(written)) > 1
-    said = run(generate.main, folders, capsys, *asked, f"--media-tokenizer=picture={folders.picture}")
-    assert said.splitlines() == ["[picture 1]", f"picture: {tmp_path}/m/0-1.png"]
+    output = run(generate.main, folders, capsys, *asked, f"--media-tokenizer=picture={folders.picture}")
+    assert output.splitlines() == ["[picture 1]", f"picture: {tmp_path}/m/0-1.png"]
     model = Emu3VQVAE.from_pretrained(folders.picture).eval()
     with torch.no_grad():
         shown = model.decode(torch.from_numpy(written.astype(np.int64)).reshape(1, 4, 4))[0]
@@ -147,7 +149,7 @@ def test_pictures_in_prompts_become_codes(folders: Folders, tmp_path: Path, caps
     (tmp_path / "a.png").write_bytes(png(1, (20, 12)))
     tokenizer = f"--media-tokenizer=picture={folders.picture}"
     asked = ["--modality=picture", "--text=what is this", "--max-new-tokens=12", "--modalities=text"]
-    said = run(generate.main, folders, capsys, f"--media={tmp_path}/a.png", *asked, tokenizer)
+    output = run(generate.main, folders, capsys, f"--media={tmp_path}/a.png", *asked, tokenizer)
     [item] = folders.tokenizer.encode([np.asarray(Image.open(tmp_path / "a.png").convert("RGB"))])
     (tmp_path / "a.codes.npy").write_bytes(codes(item))
     with pytest.raises(DataError, match=r"of an unknown tokenizer, but model\.discrete\.picture\.tokenizer_hash="):
@@ -156,9 +158,9 @@ def test_pictures_in_prompts_become_codes(folders: Folders, tmp_path: Path, caps
     line = {"parts": [part, {"text": "what is this"}]}
     (tmp_path / "prompts.jsonl").write_text(json.dumps(line) + "\n")
     prompts = [f"--prompts={tmp_path}/prompts.jsonl", *asked[2:]]
-    assert said.strip() and run(generate.main, folders, capsys, *prompts) == said
+    assert output.strip() and run(generate.main, folders, capsys, *prompts) == output
     (tmp_path / "b.png").write_bytes(png(2, (20, 12)))
-    assert run(generate.main, folders, capsys, f"--media={tmp_path}/b.png", *asked, tokenizer) != said
+    assert run(generate.main, folders, capsys, f"--media={tmp_path}/b.png", *asked, tokenizer) != output
 
 
 def test_a_conversation_with_drawings(
@@ -168,8 +170,10 @@ def test_a_conversation_with_drawings(
     lines = iter(["one", f"/picture {tmp_path}/a.png", "and this", "/quit"])
     monkeypatch.setattr(generate, "_read_line", lambda shown: next(lines))
     more = ["--interactive", "--modalities=picture", "--max-new-tokens=18", f"--media-out={tmp_path}/m"]
-    said = run(generate.main, folders, capsys, *more, f"--media-tokenizer=picture={folders.picture}").splitlines()
-    assert said[1:] == [
+    output_lines = run(
+        generate.main, folders, capsys, *more, f"--media-tokenizer=picture={folders.picture}"
+    ).splitlines()
+    assert output_lines[1:] == [
         "[picture 1]",
         f"picture: {tmp_path}/m/turn1-1.png",
         "[picture 1]",
@@ -208,11 +212,11 @@ def test_evaluation_compares_codes(
     right = [drawn[n] if n != 3 else zeros[n] for n in range(6)]
     data = prepared(tmp_path / "drawn", tokenizer_folder, right, folders.tokenizer.hash)
     more = [f"--data={data}", "--modalities=picture", "--max-new-tokens=18", f"--out={tmp_path}/scores.json"]
-    said = run(evaluate.main, folders, capsys, *more, "--code-sampling=picture:temperature=0")
+    output = run(evaluate.main, folders, capsys, *more, "--code-sampling=picture:temperature=0")
     result = json.loads((tmp_path / "scores.json").read_text())
     # The questions about a drawing are answered with a drawing, of which none is "one".
     assert result["scores"]["trained"]["picture"]["accuracy"] == 2 / 6
-    assert f"{2 / 6:.1%} of 6 exact" in said and "grammatical by itself: " in said
+    assert f"{2 / 6:.1%} of 6 exact" in output and "grammatical by itself: " in output
     rows = result["answers"]["trained"]
     assert rows[1]["expected_parts"] == rows[1]["given_parts"] == [{"modality": "picture", "codes": right[1].tolist()}]
     assert rows[3]["given_parts"][0]["codes"] == drawn[3].tolist() and rows[0]["expected"] == "one"
@@ -257,7 +261,8 @@ def test_what_cannot_work_is_refused(
 
 def test_items_that_do_not_fit_are_told(folders: Folders, capsys: pytest.CaptureFixture) -> None:
     assert generate.main([f"--checkpoint={folders.model}", "--device=cpu", "--text=one", "--max-new-tokens=9"]) == 0
-    told = capsys.readouterr().err
+    stderr = capsys.readouterr().err
     assert (
-        "warning: --max-new-tokens=9 is less than the 18 tokens of an item of 'picture', so that none is begun" in told
+        "warning: --max-new-tokens=9 is less than the 18 tokens of an item of 'picture', so that none is begun"
+        in stderr
     )

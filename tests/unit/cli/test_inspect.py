@@ -194,8 +194,8 @@ def test_every_stage_of_a_run_is_shown(run_folder: Path, text_shards: str, capsy
     assert shown[first] == "stage 1 of 2, a: steps 1 to 3, mix 100.00% of the samples"
     assert shown[second].startswith("stage 2 of 2: steps 4 to 100, mix 25.00%, text 75.00% of the tokens (mix ")
     # The mix has media, whose soft tokens make its samples longer: by samples it has less than a quarter.
-    found = re.search(r"\(mix ([\d.]+)%, text", shown[second])
-    assert found and float(found[1]) < 22
+    match = re.search(r"\(mix ([\d.]+)%, text", shown[second])
+    assert match and float(match[1]) < 22
     assert shown[first + 1].startswith("first 3 steps: ") and shown[second + 1].startswith("first 20 steps: ")
     assert shown[first + 1].split("real")[0] != shown[second + 1].split("real")[0]
 

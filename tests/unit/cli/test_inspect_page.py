@@ -163,13 +163,13 @@ def page_of(folder: Path, *arguments: str, code: int = 0) -> tuple[str, Page]:
 def as_loaded(config: RunConfig, step: int) -> dict[str, tuple[MicroBatch, int]]:
     """Sample name -> the micro-batch that the training's reader returns, and the sample's position in the batch."""
     data = replica_data(config, config.trainer.devices)
-    found = {}
+    samples = {}
     for replica in range(config.trainer.devices):
         for plan in data.planner.plan(step).of_replica(replica):
             micro_batch = data.reader[plan]
             for sample in plan.samples:
-                found[data.planner.key(sample.dataset, sample.sample)] = (micro_batch, sample.position)
-    return found
+                samples[data.planner.key(sample.dataset, sample.sample)] = (micro_batch, sample.position)
+    return samples
 
 
 def shown(article: Article) -> list[list[tuple[str, int, bool]]]:
@@ -287,7 +287,7 @@ def pieces_of(micro_batch: MicroBatch, position: int, modality: str) -> np.ndarr
 def test_motion_and_sound_are_shown_as_the_encoder_receives_them(shards: str, tokenizer: str, tmp_path: Path) -> None:
     config = config_of(shards, tokenizer, tmp_path)
     source, page = page_of(tmp_path, "--sample=imu-00002", "--sample=audio-00001")
-    expected = {name: found for step in range(6) for name, found in as_loaded(config, step).items()}
+    expected = {name: sample for step in range(6) for name, sample in as_loaded(config, step).items()}
     [signal] = pieces_of(*expected["mix/imu-00002"], "imu")
     curves = re.findall(r"<path class='line s\d' d='M([^']*)'><title>", source)
     assert len(curves) == len(signal) == 6
@@ -408,11 +408,11 @@ def test_unreadable_samples_are_shown_with_the_reason(
     assert len(page.articles) == 8
     bad = {article.name: article for article in page.articles if article.looks == "bad"}
     assert bad.keys() == {"mix/image-00000", "mix/text-00001"}
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     for name, article in bad.items():
         assert "differ from those indexed" in article.words and not article.documents and not article.pictures
-        assert re.search(rf"^bad: {name}: .*differ from those indexed", said, re.M)
-    assert "8 sample(s) in 2 pack(s)" in said
+        assert re.search(rf"^bad: {name}: .*differ from those indexed", output, re.M)
+    assert "8 sample(s) in 2 pack(s)" in output
 
 
 def test_a_missing_shard_makes_all_its_samples_bad(tokenizer: str, tmp_path: Path) -> None:

@@ -19,8 +19,8 @@ from megatron_anymal.resilience.events import record
 
 def answer(capsys: pytest.CaptureFixture[str], *options: str) -> dict[str, Any]:
     assert main(["plan", "goodput", "--json", *options]) == 0
-    found: dict[str, Any] = json.loads(capsys.readouterr().out)
-    return found
+    report: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return report
 
 
 def test_the_model_gets_what_is_given(capsys: pytest.CaptureFixture[str]) -> None:
@@ -43,9 +43,9 @@ def test_the_model_gets_what_is_given(capsys: pytest.CaptureFixture[str]) -> Non
         "peer_coverage": 0.9,
     }
     words = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-    found = answer(capsys, *words, "--gpus=4096")
-    assert {name: entry["value"] for name, entry in found["inputs"].items() if entry["origin"] == "given"} == options
-    [row] = found["results"]
+    report = answer(capsys, *words, "--gpus=4096")
+    assert {name: entry["value"] for name, entry in report["inputs"].items() if entry["origin"] == "given"} == options
+    [row] = report["results"]
     assert row["mtbf_seconds"] == pytest.approx(20_000 * 3600 / 4096)
     assert row["recovery_seconds"] == pytest.approx(5 + 7 + 11 + 13 + 17 + 0.25 * 300)
     assert row["peer_recovery_seconds"] == pytest.approx(5 + 7 + 11 + 1.5 + 17 + 0.25 * 300)
@@ -56,24 +56,24 @@ def test_the_model_gets_what_is_given(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_mtbf_of_nodes(capsys: pytest.CaptureFixture[str]) -> None:
-    found = answer(capsys, "--mtbf-per-node-hours=5000", "--gpus-per-node=4", "--gpus=1022", "--gpus=16")
-    assert [(row["gpus"], row["nodes"]) for row in found["results"]] == [(16, 4), (1022, 256)]
-    assert [row["mtbf_seconds"] for row in found["results"]] == [5000 * 3600 / 4, 5000 * 3600 / 256]
-    assert "mtbf_per_gpu_hours" not in found["inputs"]
+    report = answer(capsys, "--mtbf-per-node-hours=5000", "--gpus-per-node=4", "--gpus=1022", "--gpus=16")
+    assert [(row["gpus"], row["nodes"]) for row in report["results"]] == [(16, 4), (1022, 256)]
+    assert [row["mtbf_seconds"] for row in report["results"]] == [5000 * 3600 / 4, 5000 * 3600 / 256]
+    assert "mtbf_per_gpu_hours" not in report["inputs"]
 
 
 def test_defaults_say_that_they_are(capsys: pytest.CaptureFixture[str]) -> None:
-    found = answer(capsys)
-    assert [row["gpus"] for row in found["results"]] == list(GPUS)
-    assert all(entry["origin"].startswith("default: ") for entry in found["inputs"].values())
+    report = answer(capsys)
+    assert [row["gpus"] for row in report["results"]] == list(GPUS)
+    assert all(entry["origin"].startswith("default: ") for entry in report["inputs"].values())
     # 54 days / 419 interruptions.
-    assert found["results"][-1]["mtbf_seconds"] == pytest.approx(54 * 86400 / 419)
+    assert report["results"][-1]["mtbf_seconds"] == pytest.approx(54 * 86400 / 419)
     assert main(["plan", "goodput"]) == 0
     text = capsys.readouterr().out
-    for name, entry in found["inputs"].items():
+    for name, entry in report["inputs"].items():
         [line] = [line for line in text.splitlines() if line.startswith(f"  {name} ")]
         assert line.endswith(entry["origin"])
-    best = found["results"][-1]["best"]
+    best = report["results"][-1]["best"]
     assert f"Set exp_manager.checkpoint.every_n_train_steps={best['steps']}." in text
 
 
@@ -81,13 +81,13 @@ def test_from_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record(tmp_path, "start", "", time=0.0, rank=-1, attempt=1)
     record(tmp_path, "start", "", time=9.0, rank=0, attempt=1, processes=24)
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "step_seconds": 0.5}\n')
-    found = answer(capsys, f"--run={tmp_path}", "--write-seconds=4")
-    assert [row["gpus"] for row in found["results"]] == [24]
-    origins = {name: entry["origin"].partition(":")[0] for name, entry in found["inputs"].items()}
+    report = answer(capsys, f"--run={tmp_path}", "--write-seconds=4")
+    assert [row["gpus"] for row in report["results"]] == [24]
+    origins = {name: entry["origin"].partition(":")[0] for name, entry in report["inputs"].items()}
     assert origins["step_seconds"] == origins["processes_seconds"] == "measured"
     assert origins["write_seconds"] == "given" and origins["restore_seconds"] == "default"
-    assert found["inputs"]["stall_seconds"]["value"] == pytest.approx(0.7 * 0.5)
-    assert found["notes"] == ["No failure in 9s."]
+    assert report["inputs"]["stall_seconds"]["value"] == pytest.approx(0.7 * 0.5)
+    assert report["notes"] == ["No failure in 9s."]
 
 
 REFUSED = {
@@ -134,9 +134,9 @@ HOPELESS = {
 def test_warnings(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     options, words = HOPELESS[name]
     assert main(["plan", "goodput", "--gpus=16384", *options]) == 0
-    found = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
     for word in words:
-        assert any(word in line for line in found), found
+        assert any(word in line for line in warnings), warnings
     assert main(["plan", "goodput", "--gpus=16384", "--save-every=50"]) == 0
     text = capsys.readouterr().out
     assert "warning" not in text and "The present save interval is the best one on 16,384 GPUs." in text

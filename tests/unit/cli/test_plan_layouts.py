@@ -33,17 +33,17 @@ WITHOUT_MEDIA = ("~model.modalities.image", "model.language_model.freeze=false")
 
 def answer(capsys: pytest.CaptureFixture[str], *options: str) -> dict[str, Any]:
     assert main([*TEXT, "--json", *options, *WITHOUT_MEDIA]) == 0
-    found: dict[str, Any] = json.loads(capsys.readouterr().out)
-    return found
+    report: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return report
 
 
 def test_figures_follow_from_the_step(capsys: pytest.CaptureFixture[str]) -> None:
-    found = answer(capsys, "--sample-tokens=1024", "--label-share=0.5", "model.global_batch_size=512")
-    assert found["workload"]["tokens"] == 512 * 1024 and found["workload"]["labels"] == 512 * 512
-    seconds = [row["seconds"] for row in found["layouts"]]
+    report = answer(capsys, "--sample-tokens=1024", "--label-share=0.5", "model.global_batch_size=512")
+    assert report["workload"]["tokens"] == 512 * 1024 and report["workload"]["labels"] == 512 * 512
+    seconds = [row["seconds"] for row in report["layouts"]]
     assert len(seconds) == 10 and seconds == sorted(seconds)
     gpu = load_hardware("h100-80gb")
-    for row in found["layouts"]:
+    for row in report["layouts"]:
         layout = row["layout"]
         ranks = layout["tensor_model_parallel_size"] * layout["pipeline_model_parallel_size"]
         assert row["replicas"] * ranks * layout["context_parallel_size"] == 64
@@ -63,24 +63,26 @@ def test_figures_follow_from_the_step(capsys: pytest.CaptureFixture[str]) -> Non
         assert row["mfu"] == pytest.approx(operations / (row["seconds"] * 64 * peak), rel=0.02)
         assert row["number_format"] == ("fp8" if layout["fp8"] else "bf16")
         assert 0 <= row["bubble"] < 1 and 0 <= row["exposed"] < 1 and row["mfu"] < 1
-    assert {row["number_format"] for row in found["layouts"]} == {"fp8"}
+    assert {row["number_format"] for row in report["layouts"]} == {"fp8"}
 
 
 def test_kept_keys_stay(capsys: pytest.CaptureFixture[str]) -> None:
-    found = answer(capsys, "--keep=fp8", "--keep=context_parallel_size", "--best=3")
-    assert len(found["layouts"]) == 3
-    assert {(row["layout"]["fp8"], row["layout"]["context_parallel_size"]) for row in found["layouts"]} == {("", 1)}
+    report = answer(capsys, "--keep=fp8", "--keep=context_parallel_size", "--best=3")
+    assert len(report["layouts"]) == 3
+    assert {(row["layout"]["fp8"], row["layout"]["context_parallel_size"]) for row in report["layouts"]} == {("", 1)}
 
 
 def test_the_text_says_the_same(capsys: pytest.CaptureFixture[str]) -> None:
-    found = answer(capsys)
+    report = answer(capsys)
     assert main([*TEXT, *WITHOUT_MEDIA]) == 0
     lines = capsys.readouterr().out.splitlines()
     start = next(number for number, line in enumerate(lines) if line.startswith("layout "))
-    for line, row in zip(lines[start + 1 :], found["layouts"]):
+    for line, row in zip(lines[start + 1 :], report["layouts"]):
         assert line.startswith(row["name"]) and f" {row['tokens_per_second']:,.0f} " in line
         assert (f"{row['mfu']:.1%} of fp8" in line) == bool(row["layout"]["fp8"])
-    assert "76.4 GB of each may be used" in lines[0] and f"{found['allowed']:,} layouts are allowed" in "\n".join(lines)
+    assert "76.4 GB of each may be used" in lines[0] and f"{report['allowed']:,} layouts are allowed" in "\n".join(
+        lines
+    )
 
 
 def test_the_written_configuration_runs_dry(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -192,15 +194,15 @@ def test_a_dry_run_of_the_written_winner_needs_the_planned_memory(
     "name", ["dpo_70b", "sft_70b", "pretrain_70b_image", "pretrain_70b_audio", "pretrain_70b_video"]
 )
 def test_shipped_runs_fit_the_gpus_that_their_comments_name(name: str, gpu: str) -> None:
-    problem, found = predict(compose(name, default_config_dir(), []).config, load_hardware(gpu))
-    assert found.choice.held[found.choice.worst].total <= problem.memory
+    problem, candidate = predict(compose(name, default_config_dir(), []).config, load_hardware(gpu))
+    assert candidate.choice.held[candidate.choice.worst].total <= problem.memory
 
 
 def test_the_shipped_fp8_run_fits_an_h200_only() -> None:
     config = compose("pretrain_70b_image_fp8", default_config_dir(), []).config
     for gpu, fits in (("h200-141gb", True), ("h100-80gb", False)):
-        problem, found = predict(config, load_hardware(gpu))
-        assert (found.choice.held[found.choice.worst].total <= problem.memory) == fits
+        problem, candidate = predict(config, load_hardware(gpu))
+        assert (candidate.choice.held[candidate.choice.worst].total <= problem.memory) == fits
 
 
 def test_a_run_with_stages_is_planned_by_its_mean_step(

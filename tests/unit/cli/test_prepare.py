@@ -75,12 +75,12 @@ def test_interleaved_media_and_text_come_back(source: Path, tokenizer_folder: st
         parts = index.parts(sample)
         given = parse_parts(INTERLEAVED, "here")
         assert [type(p) for p in parts] == [type(p) for p in given]
-        for found, wanted in zip(parts, given):
+        for part, wanted in zip(parts, given):
             if isinstance(wanted, TextPart):
-                assert found == wanted
+                assert part == wanted
             else:
-                assert isinstance(found, MediaPart)
-                assert (found.modality, found.attributes) == (wanted.modality, wanted.attributes)
+                assert isinstance(part, MediaPart)
+                assert (part.modality, part.attributes) == (wanted.modality, wanted.attributes)
         media = index.read_media(sample, parts, range(4))
         assert [m.data for m in media] == [FILES[n] for n in ("a.png", "b.flac", "c.npy", "d.png")]
         assert [m.extension for m in media] == ["png", "flac", "npy", "png"]
@@ -110,7 +110,7 @@ def test_csv_can_state_an_imu_rate(source: Path, tokenizer_folder: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("lines", "said"),
+    ("lines", "fragments"),
     [
         ([{"media": "a.png", "text": "one"}, {"media": "gone.png", "text": "one"}], ["manifest.jsonl:2", "gone.png"]),
         ([{"key": "x", "media": "a.png", "text": "one"}] * 2, ["manifest.jsonl:2", "'x'", "twice"]),
@@ -126,9 +126,9 @@ def test_csv_can_state_an_imu_rate(source: Path, tokenizer_folder: str) -> None:
         ([], ["no line"]),
     ],
 )
-def test_a_wrong_manifest_names_the_line(source: Path, lines: list[Any], said: list[str]) -> None:
+def test_a_wrong_manifest_names_the_line(source: Path, lines: list[Any], fragments: list[str]) -> None:
     message = error_of(source, lines)
-    for words in said:
+    for words in fragments:
         assert words in message
 
 
@@ -206,11 +206,11 @@ ODD_TABLES = {
 
 @pytest.mark.parametrize("odd", ODD_TABLES)
 def test_an_odd_manifest_is_refused_in_one_line(source: Path, odd: str) -> None:
-    name, data, said = ODD_TABLES[odd]
+    name, data, fragments = ODD_TABLES[odd]
     with pytest.raises(DataError) as error:
         write_shards(table(source, data, name), str(source.parent / "out"))
     message = str(error.value)
-    assert all(words in message for words in said), message
+    assert all(words in message for words in fragments), message
     assert "\n" not in message and len(message.replace(str(source.parent), "")) < 500
     assert not list((source.parent / "out").glob("*.part"))
 
@@ -297,10 +297,10 @@ BAD = {
 
 def lines_with_bad(source: Path) -> list[dict[str, Any] | str]:
     lines: list[dict[str, Any] | str] = [{"key": f"good{n}", "media": "a.png", "text": "one"} for n in range(6)]
-    for place, (name, (data, attributes, _)) in enumerate(BAD.items()):
+    for index, (name, (data, attributes, _)) in enumerate(BAD.items()):
         (source / name).write_bytes(data)
         bad = {"key": f"bad-{name.partition('.')[0]}", "media": name, "text": "two", **attributes}
-        lines.insert(2 * place, bad)
+        lines.insert(2 * index, bad)
     return [*lines, {"key": "bad-untrained", "parts": [{"text": "one", "loss": False}]}]
 
 

@@ -101,9 +101,9 @@ OVERRIDES = {
 @pytest.mark.parametrize("name", OVERRIDES)
 def test_mistakes_of_an_override(name: str, folder: Path, tmp_path: Path) -> None:
     overrides, words = OVERRIDES[name]
-    said = complaint(pretrain(folder, *(text.replace("FOLDER", str(folder)) for text in overrides)), tmp_path)
+    message = complaint(pretrain(folder, *(text.replace("FOLDER", str(folder)) for text in overrides)), tmp_path)
     for word in words:
-        assert word.replace("FOLDER", str(folder)) in said
+        assert word.replace("FOLDER", str(folder)) in message
 
 
 def change_optim(values: Values) -> None:
@@ -137,9 +137,9 @@ def test_mistakes_of_a_file(name: str, folder: Path, tmp_path: Path) -> None:
     change(values)
     text = yaml.safe_dump(values).replace("FOLDER", str(folder))
     (folder / f"{name}.yaml").write_text(text)
-    said = complaint(pretrain(folder, name=name), tmp_path)
+    message = complaint(pretrain(folder, name=name), tmp_path)
     for word in words:
-        assert word.replace("FOLDER", str(folder)) in said
+        assert word.replace("FOLDER", str(folder)) in message
 
 
 @pytest.mark.parametrize(
@@ -147,14 +147,14 @@ def test_mistakes_of_a_file(name: str, folder: Path, tmp_path: Path) -> None:
     [("torn", ["torn.yaml"]), ("bare", ["bare.yaml", "defaults: [anymal"]), ("tinny", ["Did you mean tiny?"])],
 )
 def test_files_that_cannot_be_read(name: str, words: list[str], folder: Path, tmp_path: Path) -> None:
-    said = complaint(pretrain(folder, name=name), tmp_path)
-    assert all(word in said for word in words)
+    message = complaint(pretrain(folder, name=name), tmp_path)
+    assert all(word in message for word in words)
 
 
 def test_layers_that_do_not_divide_are_refused_on_every_rank(folder: Path, tmp_path: Path) -> None:
     argv = pretrain(folder, "trainer.devices=3", "model.pipeline_model_parallel_size=3")
-    said = complaint(argv, tmp_path, world=3)
-    assert "model.pipeline_model_parallel_size" in said
+    message = complaint(argv, tmp_path, world=3)
+    assert "model.pipeline_model_parallel_size" in message
 
 
 def test_a_wrong_data_folder_stops_every_rank(folder: Path, tmp_path: Path) -> None:
@@ -186,21 +186,21 @@ def test_mistakes_of_the_other_verbs(
     argv, words = VERB_MISTAKES[name]
     for word, path in {"FOLDER": str(folder), "DATA": mixed_shards, "TOKENIZER": tokenizer_folder}.items():
         argv = [text.replace(word, path) for text in argv]
-    said = complaint(argv, tmp_path)
+    message = complaint(argv, tmp_path)
     for word in words:
-        assert word.replace("FOLDER", str(folder)) in said
+        assert word.replace("FOLDER", str(folder)) in message
 
 
 def test_verbs(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["pretrian"]) == 2
     assert capsys.readouterr().err == "error: unknown verb 'pretrian'. Did you mean pretrain?\n"
     assert main(["xyzzy"]) == 2
-    said = capsys.readouterr().err
-    assert all(verb in said for verb in VERBS)
+    output = capsys.readouterr().err
+    assert all(verb in output for verb in VERBS)
     assert main([]) == 2
     assert main(["--help"]) == 0
-    said = capsys.readouterr().out
-    assert all(verb in said for verb in VERBS)
+    output = capsys.readouterr().out
+    assert all(verb in output for verb in VERBS)
 
 
 def test_the_process_returns_the_code() -> None:

@@ -52,15 +52,15 @@ def test_a_file_that_is_gone_is_reported(folder: Path) -> None:
         composed_ahead.composed("base", folder, [])
 
 
-@pytest.mark.parametrize("place", ["file", "override"])
+@pytest.mark.parametrize("source", ["file", "override"])
 def test_values_from_the_environment_are_read_by_each_process(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, place: str
+    folder: Path, monkeypatch: pytest.MonkeyPatch, source: str
 ) -> None:
     monkeypatch.setenv("WHERE", "here")
     key, value = "exp_manager.explicit_log_dir", "${oc.env:WHERE}"
-    if place == "file":
+    if source == "file":
         (folder / "base.yaml").write_text(f"defaults: [anymal, _self_]\n{key.replace('.', ': {')}: '{value}'}}\n")
-    given = [f"{key}={value}"] if place == "override" else []
+    given = [f"{key}={value}"] if source == "override" else []
     assert composed_ahead.compose_ahead("base", folder, given).config.exp_manager.explicit_log_dir == "here"
     monkeypatch.setenv("WHERE", "there")
     assert composed_ahead.composed("base", folder, given).config.exp_manager.explicit_log_dir == "there"

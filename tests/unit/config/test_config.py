@@ -145,8 +145,8 @@ def test_tuning_has_the_papers_numbers(job, size):
     config = compose(f"{job}_{size}", default_config_dir(), []).config
     model, optim = config.model, config.model.optim
     sched = optim.sched
-    found = (model.global_batch_size, optim.lr, sched.warmup_steps, sched.name, sched.min_lr_ratio)
-    assert (*found, model.neftune.alpha, model.lora.r, model.lora.alpha) == pytest.approx(TUNING[job])
+    hyperparameters = (model.global_batch_size, optim.lr, sched.warmup_steps, sched.name, sched.min_lr_ratio)
+    assert (*hyperparameters, model.neftune.alpha, model.lora.r, model.lora.alpha) == pytest.approx(TUNING[job])
     assert config.job == job and model.lora.targets == ["*"]
     assert [m.projector.freeze for m in model.modalities.values()] == [job == "dpo"]
     if job == "sft":

@@ -96,9 +96,9 @@ def lost_media(folder: Path) -> None:
 def conversations(folder: Path) -> None:
     question = [{"role": "user", "content": [{"media": "png"}, {"text": "what is this"}]}]
     pair = {"messages": question, "chosen": "one", "rejected": "two three four"}
-    told = {"messages": [*question, {"role": "assistant", "content": "five"}]}
+    conversation = {"messages": [*question, {"role": "assistant", "content": "five"}]}
     members: Members = []
-    for n, value in enumerate((pair, told, {"messages": question})):
+    for n, value in enumerate((pair, conversation, {"messages": question})):
         members += [(f"{n}.png", png(n)), (f"{n}.json", json.dumps(value).encode())]
     write_tar(folder / "0.tar", members)
 

@@ -226,8 +226,8 @@ def _tables(shards: list[Shard], kinds: list[str], extensions: list[str]) -> tup
             key_bytes += len(key.encode())
         for group, row in shard.samples:
             values = dict(zip(SAMPLE.names[1:10], row.sample, strict=True))  # type: ignore[index]
-            place = {"shard": number, "key_offset": offsets[group.key], "key_length": len(group.key.encode())}
-            samples.append({**values, **place, "media_start": len(media), "media_count": len(row.media)})
+            location = {"shard": number, "key_offset": offsets[group.key], "key_length": len(group.key.encode())}
+            samples.append({**values, **location, "media_start": len(media), "media_count": len(row.media)})
             for offset, length, crc, kind, extension, *size in row.media:
                 names = kinds.index(shard.kinds[kind]), extensions.index(shard.extensions[extension])
                 media.append(dict(zip(MEDIA.names or (), (offset, length, crc, *names, size), strict=True)))

@@ -31,7 +31,7 @@ def alone(name: str, step: int) -> list[tuple[str, int]]:
     stage = MixStage("", 0, tuple(WEIGHTS[dataset] for dataset in own))
     size = ALIGNMENTS[name].global_batch_size
     dataset, row = StagedOrder([SIZES[one] for one in own], [stage], 5).samples(step * size, (step + 1) * size)
-    return [(own[number], place) for number, place in zip(dataset.tolist(), row.tolist())]
+    return [(own[number], row_number) for number, row_number in zip(dataset.tolist(), row.tolist())]
 
 
 @pytest.mark.parametrize("step", [0, 1, 39, 40, 500])
@@ -39,9 +39,9 @@ def alone(name: str, step: int) -> list[tuple[str, int]]:
 def test_samples_are_those_of_each_alignment_alone(step: int, ends: bool) -> None:
     samples = aligned(ends=ends)
     dataset, row = samples.samples(step)
-    found = [(list(SIZES)[number], place) for number, place in zip(dataset.tolist(), row.tolist())]
+    dataset_rows = [(list(SIZES)[number], row_number) for number, row_number in zip(dataset.tolist(), row.tolist())]
     both = step < 40 or not ends
-    assert found == alone("image", step) + (alone("audio", step) if both else [])
+    assert dataset_rows == alone("image", step) + (alone("audio", step) if both else [])
     # An alignment without datasets, as in a validation, has no samples.
     assert [samples.names[number] for number in samples.owner[dataset]] == ["image"] * 16 + ["audio"] * 3 * both
 

@@ -22,10 +22,10 @@ def test_every_prompt_makes_a_sample(task: str) -> None:
     media = [part for part in parts if isinstance(part, MediaPart)]
     assert media == [MediaPart("a", prompt.modality), MediaPart("b", "other", {"rate": 5})]
     assert [entry["media"] for entry in media_entries(value)] == ["a", "b"]
-    said = [part.text for part in parts if isinstance(part, TextPart) and not part.control]
+    part_texts = [part.text for part in parts if isinstance(part, TextPart) and not part.control]
     # Every text of the task appears once, unchanged; nothing is filled in twice.
     for text in texts.values():
-        assert sum(one.count(text) for one in said) == 1
+        assert sum(one.count(text) for one in part_texts) == 1
     # The media follow directly after the words that announce them.
     before = parts[parts.index(media[0]) - 1]
     assert isinstance(before, TextPart) and re.search(r"Here (is|are) the [\w’ ]+: $", before.text)  # noqa: RUF001

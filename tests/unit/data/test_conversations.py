@@ -53,10 +53,10 @@ def test_a_manifest_of_every_kind_comes_back(folder: str) -> None:
     index = ShardIndex(folder)
     assert [index.key(n) for n in range(3)] == ["told", "pair", "parts"]
     assert index.sample_kinds() == {"parts": 1, "messages": 1, "preference": 1}
-    told, pair, parts = (index.sample(n) for n in range(3))
-    assert [s.kind for s in (told, pair, parts)] == ["messages", "preference", "parts"]
-    assert [len(s.documents) for s in (told, pair, parts)] == [1, 2, 1]
-    for number, documents in ((0, told.documents), (1, pair.documents)):
+    conversation, pair, parts = (index.sample(n) for n in range(3))
+    assert [s.kind for s in (conversation, pair, parts)] == ["messages", "preference", "parts"]
+    assert [len(s.documents) for s in (conversation, pair, parts)] == [1, 2, 1]
+    for number, documents in ((0, conversation.documents), (1, pair.documents)):
         for document in documents:
             media = [part for part in document if isinstance(part, MediaPart)]
             assert [(m.modality, dict(m.attributes)) for m in media] == [
@@ -94,8 +94,15 @@ def tar(path: Path, members: dict[str, bytes]) -> None:
 
 
 def test_plain_shards_with_messages(tmp_path: Path, tokenizer_folder: str) -> None:
-    told = {"messages": [{"role": "user", "content": [{"media": "Left.png"}]}, {"role": "assistant", "content": "one"}]}
-    members = {"k.json": json.dumps(told).encode(), "k.left.png": png(1), "x.json": b'{"url": 1}', "x.txt": b"one"}
+    conversation = {
+        "messages": [{"role": "user", "content": [{"media": "Left.png"}]}, {"role": "assistant", "content": "one"}]
+    }
+    members = {
+        "k.json": json.dumps(conversation).encode(),
+        "k.left.png": png(1),
+        "x.json": b'{"url": 1}',
+        "x.txt": b"one",
+    }
     tar(tmp_path / "f" / "0.tar", members)
     make_index(str(tmp_path / "f"), IndexOptions(tokenizer_folder))
     index = ShardIndex(str(tmp_path / "f"))
@@ -157,10 +164,10 @@ def test_an_index_of_version_1_still_serves(mixed_shards: str, tokenizer_folder:
     np.save(old / "index" / "samples.npy", np.array(drop_fields(samples, added, usemask=False)))
     header = old / "index" / "index.json"
     header.write_text(header.read_text().replace('"version": 2', '"version": 1'))
-    found, wanted = ShardIndex(str(old)), ShardIndex(mixed_shards)
-    assert found.header.version == 1 and set(found.samples.dtype.names or ()).isdisjoint(added)
-    assert found.sample_kinds() == {"parts": len(wanted)}
-    assert all(found.sample(n) == wanted.sample(n) for n in range(len(wanted)))
+    old_index, wanted = ShardIndex(str(old)), ShardIndex(mixed_shards)
+    assert old_index.header.version == 1 and set(old_index.samples.dtype.names or ()).isdisjoint(added)
+    assert old_index.sample_kinds() == {"parts": len(wanted)}
+    assert all(old_index.sample(n) == wanted.sample(n) for n in range(len(wanted)))
     plans = []
     for folder in (str(old), mixed_shards):
         planner = replica_data(make_config(folder, tokenizer_folder, tmp_path / "run")).planner
@@ -169,7 +176,7 @@ def test_an_index_of_version_1_still_serves(mixed_shards: str, tokenizer_folder:
     # The header that a run records is unchanged.
     accounting = ("members", "left_out", "limits", "options", "counts")
     written = {k: v for k, v in json.loads(header.read_text()).items() if k not in accounting}
-    assert found.header.to_json(40, 40) == json.dumps(written, indent=1)
+    assert old_index.header.to_json(40, 40) == json.dumps(written, indent=1)
     assert main([str(old), "--tokenizer", tokenizer_folder]) == 0
 
 

@@ -81,11 +81,11 @@ def test_pictures_have_the_codes_that_transformers_gives(pictures: Path) -> None
     with torch.no_grad():
         expected = model.encode(pixels, torch.tensor([[16, 16]] * 2)).image_tokens
         shown = model.decode(torch.stack(expected))
-    found = tokenizer.encode(items)
-    assert [one.tolist() for one in found] == [one.reshape(1, -1).tolist() for one in expected]
-    assert len(np.unique(found[0])) > 1 and found[0].shape == (1, 16)
+    picture_codes = tokenizer.encode(items)
+    assert [one.tolist() for one in picture_codes] == [one.reshape(1, -1).tolist() for one in expected]
+    assert len(np.unique(picture_codes[0])) > 1 and picture_codes[0].shape == (1, 16)
     pixels = (shown.permute(0, 2, 3, 1) * 0.3 + 0.4).clamp(0, 1) * 255
-    assert np.abs(np.stack(tokenizer.decode(found)) - pixels.numpy()).max() <= 0.5 + 1e-3
+    assert np.abs(np.stack(tokenizer.decode(picture_codes)) - pixels.numpy()).max() <= 0.5 + 1e-3
 
 
 def prepare(source: str, out: Path, tokenizer: str, *more: str) -> None:
@@ -94,9 +94,9 @@ def prepare(source: str, out: Path, tokenizer: str, *more: str) -> None:
 
 def lines(count: int) -> list[dict[str, Any]]:
     """Drawings: a picture to be encoded in the answer, another that stays as it is in the question."""
-    said = [{"text": "one"}, {"media": "y.png", "modality": "picture"}]
+    answer = [{"text": "one"}, {"media": "y.png", "modality": "picture"}]
     asked = [{"text": "what is"}, {"media": "x.png"}]
-    turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
+    turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
     return [{"key": f"k{number}", "messages": turns} for number in range(count)]
 
 

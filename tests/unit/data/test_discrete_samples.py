@@ -108,7 +108,7 @@ def run(tmp_path: Path, tokenizer: str, lines: list[dict[str, Any]]) -> RunConfi
 def read(config: RunConfig, **layout: int) -> dict[str, list[tuple[list[int], list[int]]]]:
     """Key -> token ids and learned ids of each document, through index, plan and loader."""
     data = replica_data(config, **layout)
-    found = {}
+    documents_by_key = {}
     for plan in data.planner.plan(0).of_replica(0):
         batch = data.reader[plan]
         assert not batch.bad, batch.bad
@@ -119,8 +119,8 @@ def read(config: RunConfig, **layout: int) -> dict[str, list[tuple[list[int], li
                 tokens, mask = batch.tokens[0, own].tolist()[:length], batch.loss_mask[0, own][:length].bool()
                 documents.append((tokens, batch.labels[0, own][:length][mask].tolist()))
             assert sum(len(learned) for _, learned in documents) == sample.targets
-            found[data.planner.key(sample.dataset, sample.sample).split("/")[1]] = documents
-    return found
+            documents_by_key[data.planner.key(sample.dataset, sample.sample).split("/")[1]] = documents
+    return documents_by_key
 
 
 @pytest.mark.parametrize("name", SAMPLES)
@@ -150,9 +150,9 @@ def test_settings_of_codebooks(tmp_path: Path, tokenizer_folder: str) -> None:
     config = run(tmp_path, tokenizer_folder, lines)
     config.model.discrete["speech"].interleaving = "alternating"
     config.model.discrete["speech"].prompt_codebooks = 0
-    found = read(config)
-    assert found["recognized"][0][0] == [0, 39, 42, 48, 43, 45, 40, 8, 9, 1]
-    assert found["spoken"][0][0] == [0, 8, 9, 39, 42, 48, 43, 45, 40, 1]
+    documents_by_key = read(config)
+    assert documents_by_key["recognized"][0][0] == [0, 39, 42, 48, 43, 45, 40, 8, 9, 1]
+    assert documents_by_key["spoken"][0][0] == [0, 8, 9, 39, 42, 48, 43, 45, 40, 1]
 
 
 def test_packs_of_all_samples_in_two_layouts(tmp_path: Path, tokenizer_folder: str) -> None:
@@ -233,7 +233,7 @@ def test_planned_lengths_are_exact_for_every_dtype(tmp_path: Path, tokenizer_fol
     make_index(str(tmp_path / "data"), IndexOptions(tokenizer_folder))
     config = with_codes(make_config(str(tmp_path / "data"), tokenizer_folder, tmp_path / "run"))
     config.model.global_batch_size = 3
-    assert {tuple(found[0][0]) for found in read(config).values()} == {(0, 32, 35, 34, 38, 33, 8, 1)}
+    assert {tuple(documents[0][0]) for documents in read(config).values()} == {(0, 32, 35, 34, 38, 33, 8, 1)}
     assert np.array_equal(replica_data(config).planner.plan(0).length, [8, 8, 8])
 
 

@@ -117,11 +117,11 @@ def use(folder: Path) -> tuple[int, int]:
         # Every process begins at another one of 150 keys, more than there is room for.
         number = (n + 40 * int(os.environ["RANK"])) % 150
         key = PieceKey(f"{number:064}", 1, 0)
-        found = read(cache, key)
-        if found is None:
+        cached_features = read(cache, key)
+        if cached_features is None:
             cache.add(key, features(number))
         else:
-            hits, wrong = hits + 1, wrong + int(not torch.equal(found, features(number)))
+            hits, wrong = hits + 1, wrong + int(not torch.equal(cached_features, features(number)))
     return hits, wrong
 
 
@@ -152,9 +152,9 @@ def test_a_killed_writer_leaves_nothing_broken(tmp_path: Path) -> None:
             process.join(10)
         cache = opened(folder)
         known = {number: read(cache, PieceKey(f"{number:064}", 1, 0)) for number in range(150)}
-        found = {number: one for number, one in known.items() if one is not None}
-        assert len(found) == len(files(folder)) > 0
-        assert all(torch.equal(one, features(number)) for number, one in found.items())
+        cached_features = {number: one for number, one in known.items() if one is not None}
+        assert len(cached_features) == len(files(folder)) > 0
+        assert all(torch.equal(one, features(number)) for number, one in cached_features.items())
         # Locks of killed processes are free.
         cache.add(KEY, features(0))
         assert read(cache, KEY) is not None

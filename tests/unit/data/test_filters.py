@@ -58,7 +58,7 @@ def test_a_missing_column_is_no_silent_exclusion() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rule", "said"),
+    ("rule", "expected_message"),
     [
         ("min_side", "no `=`"),
         ("side>=256", "'side>' is not a bound"),
@@ -70,10 +70,14 @@ def test_a_missing_column_is_no_silent_exclusion() -> None:
         ("clip_score=0.3", "not a bound"),
     ],
 )
-def test_other_rules_are_refused(rule: str, said: str) -> None:
+def test_other_rules_are_refused(rule: str, expected_message: str) -> None:
     with pytest.raises(DataError) as error:
         parse_rules(["max_aspect=2", rule])
-    assert said in str(error.value) and repr(rule) in str(error.value) and "min_column:NAME" not in str(error.value)
+    assert (
+        expected_message in str(error.value)
+        and repr(rule) in str(error.value)
+        and "min_column:NAME" not in str(error.value)
+    )
 
 
 SIZES = [(40, 30), (90, 30), (20, 20), (64, 64), (64, 20)]

@@ -98,7 +98,7 @@ def block_by_block(order: GlobalOrder, start: int, stop: int) -> list[tuple[int,
     weights = [Fraction(weight) for weight in order.weights]
     bounds = [sum(weights[:d]) / sum(weights) for d in range(len(weights) + 1)]
     block = order._block_size()
-    found = []
+    samples = []
     for k in range(start // block, -(-stop // block)):
         before, after = ([round(at * bound) for bound in bounds] for at in (k * block, (k + 1) * block))
         drawn = [high - low for low, high in pairwise(before)]
@@ -108,8 +108,8 @@ def block_by_block(order: GlobalOrder, start: int, stop: int) -> list[tuple[int,
             epoch, turn = divmod(drawn[d], order.sizes[d])
             drawn[d] += 1
             key = mix64(order.seed, 2, d, epoch)
-            found.append((d, int(permute(np.array([turn]), order.sizes[d], key)[0])))
-    return found[start % block : start % block + stop - start]
+            samples.append((d, int(permute(np.array([turn]), order.sizes[d], key)[0])))
+    return samples[start % block : start % block + stop - start]
 
 
 @pytest.mark.parametrize(

@@ -156,22 +156,22 @@ def test_a_spool_returns_the_rows_of_a_shard_each_time(tmp_path: Path) -> None:
         for rows in made.values():
             spool.add(rows)
         for name in [*reversed(made), *made]:
-            found, rows = spool.rows(name), made[name]
+            spooled_rows, rows = spool.rows(name), made[name]
             tables = ("samples", "media")
-            assert {k: v for k, v in vars(found).items() if k not in tables} == {
+            assert {k: v for k, v in vars(spooled_rows).items() if k not in tables} == {
                 k: v for k, v in vars(rows).items() if k not in tables
             }
             for table in tables:
-                np.testing.assert_array_equal(getattr(found, table), getattr(rows, table))
+                np.testing.assert_array_equal(getattr(spooled_rows, table), getattr(rows, table))
             # Also if the caller changes what it gets.
-            found.samples["shard"] = 7
+            spooled_rows.samples["shard"] = 7
         assert list((tmp_path / "index").iterdir()) == []
 
 
 def test_repeated_values() -> None:
     values = np.random.default_rng(0).integers(0, 50, 60).astype("<u8")
-    found, counts = np.unique(values, return_counts=True)
-    np.testing.assert_array_equal(repeated(values), found[counts > 1])
+    unique_values, counts = np.unique(values, return_counts=True)
+    np.testing.assert_array_equal(repeated(values), unique_values[counts > 1])
     assert not len(repeated(values[:0])) and not len(repeated(values[:1]))
 
 

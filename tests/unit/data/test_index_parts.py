@@ -129,12 +129,12 @@ def test_only_new_and_changed_shards_are_read(
             "with another members, limits",
         ),
     ]
-    for change, options, expected, said in steps:
+    for change, options, expected, expected_output in steps:
         change()
         read_shards.clear()
         assert prepare([*command, *options]) == 0
-        assert read_shards == expected, said
-        assert said in capsys.readouterr().out
+        assert read_shards == expected, expected_output
+        assert expected_output in capsys.readouterr().out
         settings: dict[str, Any] = {"members": ("png", "txt")} if "--members=png,txt" in options else {}
         if not options:
             expected_files = plain_index.index_files(
@@ -304,8 +304,8 @@ def two_parts(tmp_path: Path, tokenizer_folder: str) -> tuple[Path, IndexOptions
     return folder, options
 
 
-def refused(folder: Path, said: str) -> None:
-    with pytest.raises(DataError, match=said):
+def refused(folder: Path, expected_message: str) -> None:
+    with pytest.raises(DataError, match=expected_message):
         merge_parts(str(folder))
     assert not (folder / "index" / "index.json").exists()
 
@@ -400,7 +400,7 @@ def test_shares_of_parts() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "expected_message"),
     [
         (["--merge=F", "--tokenizer=T"], "Leave out --tokenizer"),
         (["--merge=F", "--part=1/2"], "Leave out --part"),
@@ -412,8 +412,8 @@ def test_shares_of_parts() -> None:
         (["--merge=/none"], "no shard folder '/none'"),
     ],
 )
-def test_options_that_do_not_go_together(options: list[str], said: str) -> None:
-    with pytest.raises(DataError, match=said):
+def test_options_that_do_not_go_together(options: list[str], expected_message: str) -> None:
+    with pytest.raises(DataError, match=expected_message):
         prepare(options)
 
 

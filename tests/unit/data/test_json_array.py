@@ -32,14 +32,14 @@ def test_the_same_values_as_json_loads(indent: int | None, bom: bytes, tmp_path:
     path = tmp_path / "a.json"
     for ascii_only in (True, False):
         text = json.dumps(values, indent=indent, ensure_ascii=ascii_only)
-        found = elements(path, bom + f" {text}\n".encode())
-        assert [value for _, _, value in found] == values
-    assert [number for _, number, _ in found] == list(range(1, 201)) and found[7][0] == f"{path}[7]"
+        objects = elements(path, bom + f" {text}\n".encode())
+        assert [value for _, _, value in objects] == values
+    assert [number for _, number, _ in objects] == list(range(1, 201)) and objects[7][0] == f"{path}[7]"
     assert elements(path, "[]") == [] == elements(path, " [ \n ] ")
 
 
 @pytest.mark.parametrize(
-    ("data", "said"),
+    ("data", "fragments"),
     [
         ('{"a": 1}', ["must be a JSON array", '{"a": 1}']),
         ("", ["must be a JSON array"]),
@@ -58,12 +58,12 @@ def test_the_same_values_as_json_loads(indent: int | None, bom: bytes, tmp_path:
         ('[{"a": 1}]'.encode("utf-16"), ["UTF-16"]),
     ],
 )
-def test_other_files_are_refused_in_one_line(data: str | bytes, said: list[str], tmp_path: Path) -> None:
+def test_other_files_are_refused_in_one_line(data: str | bytes, fragments: list[str], tmp_path: Path) -> None:
     limits = LimitsConfig(max_text_bytes=100 if "[[" in str(data) else 64)
     with pytest.raises(DataError) as error:
         elements(tmp_path / "a.json", data, limits)
     message = str(error.value)
-    assert all(word in message for word in said) and str(tmp_path / "a.json") in message, message
+    assert all(word in message for word in fragments) and str(tmp_path / "a.json") in message, message
     assert "\n" not in message and len(message) < 300
 
 

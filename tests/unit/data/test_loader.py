@@ -40,12 +40,12 @@ def micro_batches(data: DataSource, step: int) -> list[MicroBatch]:
 
 def by_position(batches: list[MicroBatch]) -> dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Position in the global batch -> tokens, labels, loss mask."""
-    found = {}
+    tensors = {}
     for m in batches:
         for sample in m.plan.samples:
-            here = m.sample_positions[0] == sample.position
-            found[sample.position] = (m.tokens[0, here], m.labels[0, here], m.loss_mask[0, here])
-    return found
+            sample_mask = m.sample_positions[0] == sample.position
+            tensors[sample.position] = (m.tokens[0, sample_mask], m.labels[0, sample_mask], m.loss_mask[0, sample_mask])
+    return tensors
 
 
 def test_labels_are_the_next_token_and_only_answers_are_targets(config: RunConfig) -> None:
@@ -96,7 +96,7 @@ def test_documents_lie_one_after_the_other_and_padding_is_a_document(config: Run
 
 def test_soft_tokens_go_to_the_placeholders_in_the_order_of_the_pieces(config: RunConfig) -> None:
     data = replica_data(config)
-    found = 0
+    item_count = 0
     for m in micro_batches(data, 0) + micro_batches(data, 1):
         for name, media in m.media.items():
             section = config.model.modalities[name]
@@ -119,9 +119,9 @@ def test_soft_tokens_go_to_the_placeholders_in_the_order_of_the_pieces(config: R
                         )
                         torch.testing.assert_close(media.pieces[at : at + planned.pieces], expected)
                         at += planned.pieces
-                        found += 1
+                        item_count += 1
             assert at == len(media.pieces)
-    assert found > 10
+    assert item_count > 10
 
 
 @pytest.mark.parametrize(("tensor_size", "context_size"), [(3, 1), (1, 2), (2, 4)])
@@ -227,15 +227,15 @@ def test_a_sample_too_long_is_dropped_and_leaves_the_others_in_place(tmp_path: P
     for step in range(4):
         plan, full = data.planner.plan(step), whole.planner.plan(step)
         # Eight samples, batches of eight: the long one occurs once in each batch.
-        [place] = plan.dropped
-        assert data.planner.key(0, int(plan.sample[place])) == "mix/long"
-        assert plan.targets[place] == 0 and full.targets[place] == 41 and full.dropped == ()
+        [dropped_position] = plan.dropped
+        assert data.planner.key(0, int(plan.sample[dropped_position])) == "mix/long"
+        assert plan.targets[dropped_position] == 0 and full.targets[dropped_position] == 41 and full.dropped == ()
         np.testing.assert_array_equal(plan.sample, full.sample)
         kept, expected = by_position(micro_batches(data, step)), by_position(micro_batches(whole, step))
-        assert set(expected) - set(kept) == {place}
+        assert set(expected) - set(kept) == {dropped_position}
         for position, tensors in kept.items():
-            for found, wanted in zip(tensors, expected[position]):
-                torch.testing.assert_close(found, wanted)
+            for tensor, wanted in zip(tensors, expected[position]):
+                torch.testing.assert_close(tensor, wanted)
 
 
 def test_a_batch_of_nothing_but_dropped_samples(tmp_path: Path, tokenizer_folder: str) -> None:
@@ -267,9 +267,9 @@ def test_unreadable_samples_leave_the_others_as_they_are(tmp_path: Path, tokeniz
     plan = data.planner.plan(0)
     keys = {int(p): data.planner.key(0, int(plan.sample[p])) for p in range(8)}
     batches = micro_batches(data, 0)
-    bad = {place: why for m in batches for place, why in m.bad.items()}
+    bad = {bad_position: why for m in batches for bad_position, why in m.bad.items()}
     # A placeholder or end token written in a text is ordinary text.
-    assert {keys[place] for place in bad} == {"mix/bad-image"}
+    assert {keys[bad_position] for bad_position in bad} == {"mix/bad-image"}
     # The ledger prepends the sample's name.
     assert all("decoded" in why for why in bad.values())
     for m in batches:

@@ -22,13 +22,13 @@ from megatron_anymal.safetensors_io import HashedFile
 def read(config: RunConfig, workers: int) -> list[torch.Tensor]:
     """All tokens and media of four steps."""
     data = replica_data(config)
-    found = []
+    tensors = []
     for _, batches in steps(
         data.planner, data.reader, replica=0, start=0, stop=4, num_workers=workers, prefetch_steps=2
     ):
         for batch in batches:
-            found += [batch.tokens, *(media.pieces for media in batch.media.values())]
-    return found
+            tensors += [batch.tokens, *(media.pieces for media in batch.media.values())]
+    return tensors
 
 
 def read_beside_threads(config: RunConfig, folder: Path) -> bool:
@@ -57,13 +57,13 @@ def read_beside_threads(config: RunConfig, folder: Path) -> bool:
         writer.start()
     try:
         expected = read(config, 0)
-        found = [read(config, 2) for _ in range(8)]
+        worker_reads = [read(config, 2) for _ in range(8)]
     finally:
         stop.set()
         for writer in writers:
             writer.join()
         lock.release()
-    return all(len(one) == len(expected) and all(map(torch.equal, one, expected)) for one in found)
+    return all(len(one) == len(expected) and all(map(torch.equal, one, expected)) for one in worker_reads)
 
 
 def test_workers_start_beside_threads(mixed_shards: str, tokenizer_folder: str, tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def leaking_run(folder: Path, tokenizer: str) -> RunConfig:
 def tensors(config: RunConfig, workers: int, memory: LoaderMemory | None) -> list[torch.Tensor]:
     """All tensors of the run's steps, in order."""
     data = replica_data(config)
-    found: list[torch.Tensor] = []
+    clones: list[torch.Tensor] = []
     for _, batches in steps(
         data.planner,
         data.reader,
@@ -75,25 +75,25 @@ def tensors(config: RunConfig, workers: int, memory: LoaderMemory | None) -> lis
         memory=memory,
     ):
         for batch in batches:
-            batch.with_tensors(lambda tensor: found.append(tensor.clone()) or tensor)  # type: ignore[func-returns-value]
-    return found
+            batch.with_tensors(lambda tensor: clones.append(tensor.clone()) or tensor)  # type: ignore[func-returns-value]
+    return clones
 
 
 def read_with_and_without(folder: Path, tokenizer: str) -> dict[str, Any]:
     config = leaking_run(folder, tokenizer)
     drawn = torch.get_rng_state()
     limited, watched = LoaderMemory(LIMIT), LoaderMemory()
-    said = io.StringIO()
-    with contextlib.redirect_stderr(said):
-        found = tensors(config, 2, limited)
+    stderr = io.StringIO()
+    with contextlib.redirect_stderr(stderr):
+        limited_tensors = tensors(config, 2, limited)
     untouched = torch.equal(drawn, torch.get_rng_state())
     tensors(config, 2, watched)
     expected = tensors(config, 0, None)
-    same = len(found) == len(expected) and all(map(torch.equal, found, expected))
+    same = len(limited_tensors) == len(expected) and all(map(torch.equal, limited_tensors, expected))
     return {
         "same": same,
         "untouched": untouched,
-        "said": said.getvalue(),
+        "said": stderr.getvalue(),
         "limited": limited.largest(),
         "watched": watched.largest(),
     }
@@ -164,8 +164,8 @@ def test_only_more_than_the_limit_counts(capsys: pytest.CaptureFixture[str]) -> 
     assert memory.largest() == (6 * GIB, GIB + 1)
     # Once for each process.
     assert memory.note(WorkerMemory(1, 11, 2 * GIB, 4 * GIB, 5)) and memory.note(WorkerMemory(1, 12, 0, 2 * GIB, 1))
-    said = capsys.readouterr().err.splitlines()
-    assert len(said) == 2 and "(pid 11)" in said[0] and "from 2.00 to 3.00 GiB in 4 micro-batch" in said[0]
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and "(pid 11)" in lines[0] and "from 2.00 to 3.00 GiB in 4 micro-batch" in lines[0]
     assert not LoaderMemory().note(WorkerMemory(0, 10, 0, 900 * GIB, 1)) and not capsys.readouterr().err
     assert LoaderMemory().largest() == (0, 0)
 

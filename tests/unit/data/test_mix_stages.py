@@ -30,7 +30,7 @@ STAGES = [
 def one_by_one(sizes: tuple[int, ...], stages: list[MixStage], seed: int, end: int) -> list[tuple[int, int]]:
     """The order as its definition states it: a stage consists of blocks that are shuffled one by one, and each dataset
     is read from front to back in the shuffled order of its epoch."""
-    taken, found = [0] * len(sizes), []
+    taken, samples = [0] * len(sizes), []
     for number, (stage, stop) in enumerate(zip(stages, [*(later.start for later in stages[1:]), end])):
         weights = [Fraction(weight) for weight in stage.weights]
         bounds = [sum(weights[:d], Fraction(0)) / sum(weights) for d in range(len(weights) + 1)]
@@ -44,12 +44,12 @@ def one_by_one(sizes: tuple[int, ...], stages: list[MixStage], seed: int, end: i
                 d = next(d for d in range(len(shares)) if slot < sum(shares[: d + 1]))
                 epoch, turn = divmod(taken[d], sizes[d])
                 taken[d] += 1
-                found.append((d, int(permute(np.array([turn]), sizes[d], mix64(seed, 2, d, epoch))[0])))
-    return found
+                samples.append((d, int(permute(np.array([turn]), sizes[d], mix64(seed, 2, d, epoch))[0])))
+    return samples
 
 
-def as_pairs(found: tuple[np.ndarray, np.ndarray]) -> list[tuple[int, int]]:
-    return list(zip(*(values.tolist() for values in found)))
+def as_pairs(samples: tuple[np.ndarray, np.ndarray]) -> list[tuple[int, int]]:
+    return list(zip(*(values.tolist() for values in samples)))
 
 
 def test_the_order_is_that_of_its_definition_from_any_position() -> None:

@@ -91,13 +91,13 @@ def test_documents_of_a_pair_lie_side_by_side(mixed: RunConfig) -> None:
             assert sample.targets == sum(sum(targets) for _, targets in wanted)
             for number, (tokens, targets) in enumerate(wanted):
                 assert next(lengths) == len(tokens)
-                here = slice(start, start + len(tokens))
+                span = slice(start, start + len(tokens))
                 start += len(tokens)
-                assert batch.tokens[0, here].tolist() == tokens
-                assert batch.labels[0, here].tolist() == [*tokens[1:], 0]
-                assert batch.loss_mask[0, here].tolist() == [*map(float, targets[1:]), 0.0]
-                assert batch.sample_positions[0, here].eq(sample.position).all()
-                assert batch.branch[0, here].eq(number).all()
+                assert batch.tokens[0, span].tolist() == tokens
+                assert batch.labels[0, span].tolist() == [*tokens[1:], 0]
+                assert batch.loss_mask[0, span].tolist() == [*map(float, targets[1:]), 0.0]
+                assert batch.sample_positions[0, span].eq(sample.position).all()
+                assert batch.branch[0, span].eq(number).all()
         rest = list(lengths)
         assert sum(rest) == batch.plan.padded_length - start and len(rest) <= 1
         assert batch.branch[0, start:].eq(-1).all() and batch.loss_mask[0, start:].eq(0).all()
@@ -112,9 +112,9 @@ def places(batch: MicroBatch, name: str, placeholder: int, per_piece: int) -> tu
     for sample in batch.plan.samples:
         count = per_piece * sum(m.pieces for m in sample.media if m.modality == name)
         for length in sample.documents:
-            here = [p for p in range(start, start + length) if batch.tokens[0, p] == placeholder]
-            assert len(here) == count
-            where += here
+            positions = [p for p in range(start, start + length) if batch.tokens[0, p] == placeholder]
+            assert len(positions) == count
+            where += positions
             which += range(first, first + count)
             start += padded(length, batch.plan.document_multiple)
         first += count
@@ -143,7 +143,7 @@ def test_media_of_a_pair_are_encoded_once_for_both_documents(mixed: RunConfig) -
 
 def test_the_pieces_are_those_of_the_media(config: RunConfig) -> None:
     data = replica_data(config)
-    found = 0
+    item_count = 0
     for batch in micro_batches(data, 2):
         at = dict.fromkeys(batch.media, 0)
         for sample in batch.plan.samples:
@@ -154,9 +154,9 @@ def test_the_pieces_are_those_of_the_media(config: RunConfig) -> None:
                 start, stop = at[planned.modality], at[planned.modality] + planned.pieces
                 pieces = modality.load(item.data, item.extension, item.part.attributes)
                 torch.testing.assert_close(batch.media[planned.modality].pieces[start:stop], pieces)
-                at[planned.modality], found = stop, found + 1
+                at[planned.modality], item_count = stop, item_count + 1
         assert {name: len(media.pieces) for name, media in batch.media.items()} == at
-    assert found > 10
+    assert item_count > 10
 
 
 @pytest.mark.parametrize("context_size", [2, 4])
@@ -199,8 +199,8 @@ def test_a_gradient_reaches_the_one_encoding_from_both_documents(config: RunConf
     # Chosen and rejected documents hold the same soft tokens.
     by_branch: list[Tensor] = []
     for branch in (0, 1):
-        here = (batch.branch[0] == branch) & (batch.tokens[0] == SPECIAL.index(SPECIAL[2]))  # type: ignore[index]
-        by_branch.append(merged[here, 0])
+        mask = (batch.branch[0] == branch) & (batch.tokens[0] == SPECIAL.index(SPECIAL[2]))  # type: ignore[index]
+        by_branch.append(merged[mask, 0])
     torch.testing.assert_close(by_branch[0], by_branch[1])
     torch.testing.assert_close(by_branch[0], soft.detach())
     (by_branch[0].sum() + 10 * by_branch[1].sum()).backward()
@@ -209,17 +209,18 @@ def test_a_gradient_reaches_the_one_encoding_from_both_documents(config: RunConf
 
 def contents(data: DataSource, step: int, replicas: int) -> dict[int, tuple[Any, ...]]:
     """Position in the global batch -> the model's inputs for that sample."""
-    found = {}
+    inputs = {}
     for replica in range(replicas):
         for plan in data.planner.plan(step).of_replica(replica):
             batch = data.reader[plan]
             assert batch.branch is not None
             for sample in plan.samples:
-                here = batch.sample_positions[0] == sample.position
-                found[sample.position] = tuple(
-                    tensor[0, here].tolist() for tensor in (batch.tokens, batch.labels, batch.loss_mask, batch.branch)
+                sample_mask = batch.sample_positions[0] == sample.position
+                inputs[sample.position] = tuple(
+                    tensor[0, sample_mask].tolist()
+                    for tensor in (batch.tokens, batch.labels, batch.loss_mask, batch.branch)
                 )
-    return found
+    return inputs
 
 
 def test_layouts_read_the_same_pairs(config: RunConfig) -> None:
@@ -277,7 +278,7 @@ def test_which_pairs_are_too_long_is_no_matter_of_layout(
     config.data.seq_length, config.data.too_long, config.model.global_batch_size = 40, "drop", 2
     data = replica_data(config, context_size=context_size)
     plan = data.planner.plan(0)
-    assert [data.planner.key(0, int(plan.sample[place])) for place in plan.dropped] == ["mix/longer"]
+    assert [data.planner.key(0, int(plan.sample[position])) for position in plan.dropped] == ["mix/longer"]
     [batch] = [data.reader[m] for m in plan.of_replica(0)]
     [sample] = batch.plan.samples
     assert sample.documents == (20, 20) and sample.length == 40 and sample.targets == 2 * (20 - AROUND + 1)

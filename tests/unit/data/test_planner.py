@@ -96,19 +96,19 @@ def test_measures(folder: Path, rows: str) -> None:
         "none": every[:0],
     }[rows]
     [index] = plans.indexes
-    found = plans.measure(index, sample)
+    measures = plans.measure(index, sample)
     expected = [by_hand(index, int(number)) for number in sample]
-    assert found.documents.tolist() == [documents for documents, *_ in expected]
-    assert found.targets.tolist() == [targets for _, targets, *_ in expected]
+    assert measures.documents.tolist() == [documents for documents, *_ in expected]
+    assert measures.targets.tolist() == [targets for _, targets, *_ in expected]
     # Each cost is rounded to a millionth of the costliest piece's.
-    np.testing.assert_allclose(found.costs / 2**20, [cost / 270 for _, _, cost, _ in expected], rtol=1e-5)
+    np.testing.assert_allclose(measures.costs / 2**20, [cost / 270 for _, _, cost, _ in expected], rtol=1e-5)
     names = [modality.name for modality in MODALITIES]
     items = [
         PlannedMedia(names[modality], pieces)
-        for modality, pieces in zip(found.modality.tolist(), found.pieces.tolist())
+        for modality, pieces in zip(measures.modality.tolist(), measures.pieces.tolist())
     ]
     assert items == [item for *_, items in expected for item in items]
-    assert found.owner.tolist() == [owner for owner, (*_, items) in enumerate(expected) for _ in items]
+    assert measures.owner.tolist() == [owner for owner, (*_, items) in enumerate(expected) for _ in items]
 
 
 def test_a_plan_has_its_samples_media_and_drops_what_is_too_long(folder: Path) -> None:

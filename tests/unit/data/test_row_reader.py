@@ -49,9 +49,9 @@ def test_ranges(reader: RowReader, seed: int) -> None:
 
 
 def test_consecutive_ranges_are_a_view(reader: RowReader) -> None:
-    found = reader.take_ranges(np.array([10, 12, 90, 12]), np.array([2, 0, 0, 30]))
-    np.testing.assert_array_equal(found, made_up()[10:42])
-    assert np.shares_memory(found, reader._table)
+    rows = reader.take_ranges(np.array([10, 12, 90, 12]), np.array([2, 0, 0, 30]))
+    np.testing.assert_array_equal(rows, made_up()[10:42])
+    assert np.shares_memory(rows, reader._table)
     assert not np.shares_memory(reader.take(np.array([10, 12])), reader._table)
 
 

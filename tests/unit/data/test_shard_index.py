@@ -92,7 +92,7 @@ def test_bad_samples_of_the_same_key_are_counted_apart(
 
 
 @pytest.mark.parametrize(
-    ("members", "said"),
+    ("members", "expected_message"),
     [
         ({"k.txt": b" \n"}, "empty"),
         ({"k.txt": b"\xff\xfe"}, "UTF-8"),
@@ -105,11 +105,13 @@ def test_bad_samples_of_the_same_key_are_counted_apart(
         ({"k.json": b'{"parts": '}, "JSON"),
     ],
 )
-def test_unusable_samples_say_why(tmp_path: Path, tokenizer_folder: str, members: dict[str, bytes], said: str) -> None:
+def test_unusable_samples_say_why(
+    tmp_path: Path, tokenizer_folder: str, members: dict[str, bytes], expected_message: str
+) -> None:
     tar(tmp_path / "f" / "0.tar", members)
     with pytest.raises(DataError) as error:
         make_index(str(tmp_path / "f"), IndexOptions(tokenizer_folder))
-    assert "1 of 1" in str(error.value) and said in str(error.value) and "'k'" in str(error.value)
+    assert "1 of 1" in str(error.value) and expected_message in str(error.value) and "'k'" in str(error.value)
 
 
 def test_folders_without_shards_and_shards_that_are_none(tmp_path: Path, tokenizer_folder: str) -> None:

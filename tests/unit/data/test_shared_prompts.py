@@ -58,7 +58,7 @@ def rows(batch: MicroBatch, positions: torch.Tensor, index: torch.Tensor) -> lis
 
 def whole_documents(batches: list[MicroBatch]) -> dict[tuple[int, int], list[list[float]]]:
     """(Sample, 0 or 1) -> token, label, mask and position of each token, with the prompt put before both answers."""
-    found = {}
+    documents = {}
     for batch in batches:
         positions = token_positions(batch.document_lengths, batch.prompts)
         starts = np.cumsum([0, *batch.document_lengths])
@@ -73,9 +73,9 @@ def whole_documents(batches: list[MicroBatch]) -> dict[tuple[int, int], list[lis
                     index = torch.cat([torch.arange(first, first + count), index])
                 assert batch.sample_positions[0, index].eq(sample.position).all()
                 assert batch.branch is not None and batch.branch[0, index[sample.shared :]].eq(answer).all()
-                found[sample.position, answer] = rows(batch, positions, index)
+                documents[sample.position, answer] = rows(batch, positions, index)
             number += len(sample.spans)
-    return found
+    return documents
 
 
 @pytest.mark.parametrize(("replicas", "context_size"), [(1, 1), (2, 1), (1, 2), (1, 4)])
@@ -90,15 +90,15 @@ def test_prompt_and_answer_in_a_row_are_the_whole_document(config: RunConfig, re
 
 
 def test_soft_tokens_lie_in_the_prompt_once(config: RunConfig) -> None:
-    found = 0
+    token_count = 0
     for batch in batches_of(replica_data(config), 0):
         for name, media in batch.media.items():
             section = config.model.modalities[name]
             places = (batch.tokens[0] == SPECIAL.index(section.placeholder)).nonzero().flatten()
             assert media.soft_index is None and media.token_index.tolist() == places.tolist()
             assert len(places) == len(media.pieces) * section.projector.num_tokens
-            found += len(places)
-    assert found > 10
+            token_count += len(places)
+    assert token_count > 10
 
 
 def test_a_plan_counts_shared_lengths(config: RunConfig) -> None:

@@ -30,17 +30,17 @@ class Prepare:
 
     def run(self, *words: str | Path, at: Path | None = None) -> ShardIndex:
         """Prepare into `out`, or in place in the folder `at`."""
-        place = [] if at else ["--out", str(self.out)]
-        assert main([*map(str, words), *place, "--tokenizer", self._tokenizer, "--workers", "1"]) == 0
+        destination = [] if at else ["--out", str(self.out)]
+        assert main([*map(str, words), *destination, "--tokenizer", self._tokenizer, "--workers", "1"]) == 0
         shown = self._capsys.readouterr()
         self.printed = shown.out + shown.err
         return ShardIndex(str(at or self.out))
 
     def refused(self, *words: str | Path, out: bool = True) -> str:
         """The message of a refusal, which is one line and leaves no shard."""
-        place = ["--out", str(self.out)] if out else []
+        destination = ["--out", str(self.out)] if out else []
         with pytest.raises(DataError) as error:
-            main([*map(str, words), *place, "--tokenizer", self._tokenizer, "--workers", "1"])
+            main([*map(str, words), *destination, "--tokenizer", self._tokenizer, "--workers", "1"])
         assert "\n" not in str(error.value) and not list(self.out.glob("*.tar*"))
         return str(error.value)
 
@@ -59,13 +59,13 @@ def contents(index: ShardIndex, sample: int) -> Contents:
     parts = index.sample(sample).documents[0]
     media = index.read_media(sample, parts, range(sum(isinstance(part, MediaPart) for part in parts)))
     remaining = iter(media)
-    found: Contents = []
+    items: Contents = []
     for part in parts:
         if isinstance(part, MediaPart):
-            found.append((part.modality, next(remaining).data))
+            items.append((part.modality, next(remaining).data))
         elif not part.control:
-            found.append(part.text)
-    return found
+            items.append(part.text)
+    return items
 
 
 def all_contents(index: ShardIndex) -> list[Contents]:

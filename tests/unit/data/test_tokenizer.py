@@ -152,8 +152,8 @@ def test_control_tokens_in_a_text_are_text(name: str, folders: dict[str, str]) -
             caption = [MediaPart("a", "image"), *parse_parts([{"text": written}], "")]
             document = tokenizer.document(caption, [2], numbers)
             assert control.intersection(document.tokens[3:-1]) == set(), written
-            told = [{"role": "user", "content": written}, {"role": "assistant", "content": written}]
-            [parts] = parse_sample({"messages": told}, "").documents
+            messages = [{"role": "user", "content": written}, {"role": "assistant", "content": written}]
+            [parts] = parse_sample({"messages": messages}, "").documents
             around = [t for t in tokenizer.document(parts, [], numbers, closed=False).tokens if t in control]
             layout = [SPECIAL[0], *[CHAT[0], CHAT[1], CHAT[2]] * 2]
             assert tokenizer.hf.convert_ids_to_tokens(around) == layout, written
@@ -161,7 +161,7 @@ def test_control_tokens_in_a_text_are_text(name: str, folders: dict[str, str]) -
                 assert tokenizer.decode(tokenizer.encode(written)).strip() == written
             if token in tokenizer.control:
                 with pytest.raises(Exception, match="as plain text"):
-                    of_transformers(tokenizer.hf, tokenizer, told)
+                    of_transformers(tokenizer.hf, tokenizer, messages)
 
 
 def test_no_text_is_cut_or_padded(folders: dict[str, str]) -> None:
@@ -199,9 +199,9 @@ def test_an_ordinary_word_is_no_placeholder(folders: dict[str, str]) -> None:
 @pytest.mark.parametrize("name", ["llama 3", "python"])
 @pytest.mark.parametrize("character", ["\ufdd0", "\ud83d"])
 def test_what_no_text_can_hold_is_named(name: str, character: str, folders: dict[str, str]) -> None:
-    tokenizer, said = Tokenizer(folders[name]), f"a {character} b"
-    parts = open_prompt(parse_messages([{"role": "user", "content": said}], ""))
-    for read in (lambda: tokenizer.encode(said), lambda: tokenizer.document(parts, [], {}, closed=False)):
+    tokenizer, user_text = Tokenizer(folders[name]), f"a {character} b"
+    parts = open_prompt(parse_messages([{"role": "user", "content": user_text}], ""))
+    for read in (lambda: tokenizer.encode(user_text), lambda: tokenizer.document(parts, [], {}, closed=False)):
         with pytest.raises(DataError, match=rf"U\+{ord(character):04X}, which is not a character"):
             read()
 
@@ -223,8 +223,8 @@ class Documents(Dataset):
 def resumed(before: str, after: str) -> None:
     """Check a tokenizer fingerprint against the one in a checkpoint, as a resumed run does."""
     config = {"trainer": {"max_steps": 1}, "model": {"optim": {"sched": {"name": "constant"}}}}
-    there = Manifest(3, 24, config, {}, "", "", {}, tokenizer=before)
-    check_changes(there, replace(there, tokenizer=after), (), lambda _: None)
+    manifest = Manifest(3, 24, config, {}, "", "", {}, tokenizer=before)
+    check_changes(manifest, replace(manifest, tokenizer=after), (), lambda _: None)
 
 
 @pytest.mark.parametrize("name", tokenizer_folders.MAKERS)
@@ -235,9 +235,9 @@ def test_nothing_changed_is_never_refused(name: str, folders: dict[str, str]) ->
     alone = [Tokenizer(folders[name]).document(parts, [], {}).tokens for parts in samples]
     assert tokenizer.fingerprint() == indexed
     for workers in (0, 2):
-        found = [item for [item] in DataLoader(Documents(tokenizer, samples), num_workers=workers, collate_fn=list)]
-        assert [tokens for tokens, _ in found] == alone
-        for _, fingerprint in found:
+        items = [item for [item] in DataLoader(Documents(tokenizer, samples), num_workers=workers, collate_fn=list)]
+        assert [tokens for tokens, _ in items] == alone
+        for _, fingerprint in items:
             resumed(indexed, fingerprint)
         resumed(indexed, tokenizer.fingerprint())
     with ThreadPoolExecutor(4) as threads:

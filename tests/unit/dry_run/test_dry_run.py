@@ -87,8 +87,8 @@ def counts(stage: Stage) -> list[tuple[tuple[int, ...], int, int]]:
 
 
 def test_one_process(tiny: RunConfig) -> None:
-    found = examine(tiny)
-    (stage,) = found.stages
+    dry_run = examine(tiny)
+    (stage,) = dry_run.stages
     (part,) = stage.parts
     everything, trains = media(1)
     whole = llama_layers(4, 1) + 2 * table(32, 1) + 32 + everything
@@ -97,23 +97,23 @@ def test_one_process(tiny: RunConfig) -> None:
     assert part.besides == ("embedding", *halves, "head")
     # fp32: two optimizer moments per trainable parameter, and nothing for frozen ones.
     assert (stage.weight_bytes, stage.gradient_bytes, stage.optimizer_bytes) == (4 * whole, 4 * trains, 8 * trains)
-    assert sum(count for count, _ in found.weights.values()) == whole
-    assert sum(count for count, learns in found.weights.values() if learns) == trains
-    assert found.notes == [] and found.missing == []
+    assert sum(count for count, _ in dry_run.weights.values()) == whole
+    assert sum(count for count, learns in dry_run.weights.values() if learns) == trains
+    assert dry_run.notes == [] and dry_run.missing == []
 
 
 def test_tensor_parallel_with_a_padded_vocabulary(tiny: RunConfig) -> None:
     tiny.model.language_model.config["vocab_size"] = 33
-    found = examine(laid_out(tiny, 4, tensor_model_parallel_size=2, sequence_parallel=True))
+    dry_run = examine(laid_out(tiny, 4, tensor_model_parallel_size=2, sequence_parallel=True))
     everything, trains = media(2)
     local = llama_layers(4, 2) + 2 * table(33, 2) + 32 + everything
-    assert counts(found.stages[0]) == [((0, 1, 2, 3), local, trains)]
-    assert found.stages[0].ranks == range(4)
+    assert counts(dry_run.stages[0]) == [((0, 1, 2, 3), local, trains)]
+    assert dry_run.stages[0].ranks == range(4)
     # The counts of the whole model contain neither padding nor replicas.
     whole = llama_layers(4, 1) + 2 * 33 * 32 + 32 + media(1)[0]
-    assert sum(count for count, _ in found.weights.values()) == whole
+    assert sum(count for count, _ in dry_run.weights.values()) == whole
     # Two replicas share the optimizer state.
-    assert found.stages[0].optimizer_bytes == 8 * trains // 2
+    assert dry_run.stages[0].optimizer_bytes == 8 * trains // 2
 
 
 def test_uneven_stages(tiny: RunConfig) -> None:
@@ -247,10 +247,10 @@ def test_a_built_run_holds_what_was_said(name: str, tiny: RunConfig) -> None:
 
 def refusal(capsys: pytest.CaptureFixture[str], folder: Path, *overrides: str) -> str:
     assert main(["pretrain", f"--config-path={folder}", "--config-name=tiny", "--dry-run", *overrides]) == 2
-    said = capsys.readouterr()
-    assert said.out == "" and said.err.count("\n") == 1
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1
     assert not dist.is_initialized()
-    return said.err
+    return captured.err
 
 
 @pytest.fixture
@@ -361,7 +361,7 @@ def test_one_process_of_a_launcher_speaks(
 
 
 def test_a_machine_with_cuda_is_left_alone(tiny: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    here = examine(tiny)
+    cpu_run = examine(tiny)
     # This CPU build of torch rejects every real CUDA call.
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -369,20 +369,20 @@ def test_a_machine_with_cuda_is_left_alone(tiny: RunConfig, monkeypatch: pytest.
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA H100")
     card = SimpleNamespace(total_memory=80 * 10**9)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: card)
-    there = examine(laid_out(tiny, 2, tensor_model_parallel_size=2))
-    assert there.stages[0].trainable == media(2)[1] and there.notes == []
-    assert there.weights == here.weights
+    cuda_run = examine(laid_out(tiny, 2, tensor_model_parallel_size=2))
+    assert cuda_run.stages[0].trainable == media(2)[1] and cuda_run.notes == []
+    assert cuda_run.weights == cpu_run.weights
 
 
 def test_what_this_machine_lacks_is_a_note(tiny: RunConfig) -> None:
     tiny.trainer.precision = "bf16"
     plain = examine(tiny)
     tiny.model.fp8, tiny.model.transformer_impl = "hybrid", "transformer_engine"
-    found = examine(tiny)
-    (note,) = found.notes
+    dry_run = examine(tiny)
+    (note,) = dry_run.notes
     assert note.startswith("this machine cannot run it: model.transformer_impl=transformer_engine cannot run here")
-    assert found.stages == plain.stages and found.weights == plain.weights
-    assert note in render(found)
+    assert dry_run.stages == plain.stages and dry_run.weights == plain.weights
+    assert note in render(dry_run)
 
 
 def test_a_base_in_nf4_is_counted_by_its_bytes(tiny: RunConfig) -> None:
@@ -390,16 +390,16 @@ def test_a_base_in_nf4_is_counted_by_its_bytes(tiny: RunConfig) -> None:
     tiny.model.language_model.config |= {"hidden_size": 128, "intermediate_size": 256}
     plain = examine(tiny)
     tiny.model.base_quantization = "nf4"
-    found = examine(tiny)
+    dry_run = examine(tiny)
     # q and o, k and v, and the feed-forward's three, of four layers.
     matrices = 4 * (2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 256)
-    assert plain.stages[0].weight_bytes - found.stages[0].weight_bytes == matrices * (2 - 0.5 - 4 / 64)
-    assert plain.memory is not None and found.memory is not None
-    before, after = (memory.choice.held[0] for memory in (plain.memory, found.memory))
+    assert plain.stages[0].weight_bytes - dry_run.stages[0].weight_bytes == matrices * (2 - 0.5 - 4 / 64)
+    assert plain.memory is not None and dry_run.memory is not None
+    before, after = (memory.choice.held[0] for memory in (plain.memory, dry_run.memory))
     assert before.weights - after.weights == matrices * (2 - 0.5 - 4 / 64)
     # One dequantized matrix at a time: gate and up together are the largest.
     assert after.working - before.working in (0, 2 * 128 * 512)
-    assert "bf16, the Llama's matrices in NF4" in render(found)
+    assert "bf16, the Llama's matrices in NF4" in render(dry_run)
 
 
 @pytest.mark.parametrize(
@@ -432,9 +432,9 @@ def test_formats_of_products_are_shown_and_counted(tiny: RunConfig) -> None:
         ({"fp8": "e4m3", "fp8_recipe": "mxfp8"}, "bf16, MXFP8 e4m3", 2 + 2 / 32),
         ({"fp4": "e2m1"}, "bf16, NVFP4", 1 + 2 / 16),
     ):
-        found = examine(laid_out(tiny, 1, **keys))
-        assert plain.memory is not None and found.memory is not None and shown in render(found)
-        before, after = (memory.choice.held[0].weights for memory in (plain.memory, found.memory))
+        dry_run = examine(laid_out(tiny, 1, **keys))
+        assert plain.memory is not None and dry_run.memory is not None and shown in render(dry_run)
+        before, after = (memory.choice.held[0].weights for memory in (plain.memory, dry_run.memory))
         assert after - before == matrices * copies
 
 
@@ -443,14 +443,14 @@ def test_what_is_not_there_is_listed(tiny: RunConfig, tmp_path: Path, text_shard
     tiny.data.train = {"mix": DatasetConfig("nowhere/mix"), "text": DatasetConfig(text_shards)}
     tiny.data.validation = {"far": DatasetConfig("s3://bucket/far")}
     tiny.model.restore_from_path = "nowhere/checkpoint"
-    found = examine(tiny)
-    assert found.missing == [
+    dry_run = examine(tiny)
+    assert dry_run.missing == [
         ("model.restore_from_path", "nowhere/checkpoint"),
         ("data.tokenizer", "nowhere/tokenizer"),
         ("data.train.mix.path", "nowhere/mix"),
     ]
-    assert found.samples == {("train", "text"): 24}
-    (note,) = found.notes
+    assert dry_run.samples == {("train", "text"): 24}
+    (note,) = dry_run.notes
     assert "s3://bucket/far was not checked" in note
 
 
@@ -458,31 +458,31 @@ def test_stages_are_shown_with_the_epochs_of_their_data(tiny: RunConfig, text_sh
     tiny.data.train["text"] = DatasetConfig(text_shards)
     tiny.trainer.max_steps = 60
     tiny.data.schedule = [StageConfig("first", 40, {"mix": 1}), StageConfig(weights={"mix": 1, "text": 3})]
-    said = render(examine(tiny))
+    text = render(examine(tiny))
     # 8 samples per step: 40 x 8 + 20 x 2 of the mix, 20 x 6 of the text.
-    assert re.search(r"data\.train\.mix +40 samples +9\.00 epochs in the run \(75\.00% of its samples\)", said)
-    assert re.search(r"data\.train\.text +24 samples +5\.00 epochs in the run \(25\.00% of its samples\)", said)
-    assert "  stage 1 of 2, first: steps 1 to 40, mix 100.00% of the samples\n" in said
-    assert "  stage 2 of 2: steps 41 to 60, mix 25.00%, text 75.00% of the samples" in said
+    assert re.search(r"data\.train\.mix +40 samples +9\.00 epochs in the run \(75\.00% of its samples\)", text)
+    assert re.search(r"data\.train\.text +24 samples +5\.00 epochs in the run \(25\.00% of its samples\)", text)
+    assert "  stage 1 of 2, first: steps 1 to 40, mix 100.00% of the samples\n" in text
+    assert "  stage 2 of 2: steps 41 to 60, mix 25.00%, text 75.00% of the samples" in text
     # By tokens, shares of samples are shown as well, if all data are here.
     tiny.data.schedule[1].by = "token"
     assert re.search(
         r"mix 25\.00%, text 75\.00% of the tokens \(mix [\d.]+%, text [\d.]+% of the samples\)", render(examine(tiny))
     )
     tiny.data.train["text"].path = "nowhere"
-    said = render(examine(tiny))
-    assert "mix 25.00%, text 75.00% of the tokens" in said and "epoch" not in said
+    text = render(examine(tiny))
+    assert "mix 25.00%, text 75.00% of the tokens" in text and "epoch" not in text
 
 
 def test_data_that_is_there_is_checked_and_counted(tiny: RunConfig, tmp_path: Path, text_shards: str) -> None:
     tiny.data.train["text"] = DatasetConfig(text_shards, weight=3.0)
     tiny.data.validation = {"text": DatasetConfig(text_shards)}
-    found = examine(tiny)
-    assert found.samples == {("train", "mix"): 40, ("train", "text"): 24, ("validation", "text"): 24}
-    said = render(found)
+    dry_run = examine(tiny)
+    assert dry_run.samples == {("train", "mix"): 40, ("train", "text"): 24, ("validation", "text"): 24}
+    text = render(dry_run)
     # 8 samples per step, 2 of them from the mix.
-    assert re.search(r"data\.train\.mix +40 samples +one epoch in 20\.0 steps \(25% of the mix\)", said)
-    assert re.search(r"data\.train\.text +24 samples +one epoch in 4\.0 steps \(75% of the mix\)", said)
+    assert re.search(r"data\.train\.mix +40 samples +one epoch in 20\.0 steps \(25% of the mix\)", text)
+    assert re.search(r"data\.train\.text +24 samples +one epoch in 4\.0 steps \(75% of the mix\)", text)
     # Media without a configured modality are reported even if another data set is missing.
     del tiny.model.modalities["audio"]
     tiny.data.train["missing"] = DatasetConfig("nowhere")
@@ -510,9 +510,9 @@ def test_folders_give_their_shape_without_their_weights(tiny: RunConfig, tmp_pat
     (tmp_path / "imu").mkdir()
     (tmp_path / "imu" / "config.json").write_text(json.dumps({"model_type": "imu2clip", **imu.config}))
     imu.path, imu.config = str(tmp_path / "imu"), {}
-    found = examine(tiny)
-    assert found.stages == plain.stages and found.weights == plain.weights
-    assert found.missing == [
+    dry_run = examine(tiny)
+    assert dry_run.stages == plain.stages and dry_run.weights == plain.weights
+    assert dry_run.missing == [
         ("model.language_model.path", str(tmp_path / "llama" / "two.safetensors")),
         ("model.modalities.image.encoder.path", str(tmp_path / "clip" / "model.safetensors")),
         ("model.modalities.imu.encoder.path", str(tmp_path / "imu" / "model.safetensors")),
@@ -548,8 +548,8 @@ def test_an_encoder_of_a_plug_in(tiny: RunConfig, tmp_path: Path) -> None:
     tiny.model.plugins = [str(tmp_path / "bands.py")]
     encoder = tiny.model.modalities["audio"].encoder
     encoder.type, encoder.path = "bands", str(tmp_path / "weights")
-    found = examine(tiny)
-    assert found.weights["encoders.audio.gains"] == (8, False) and found.missing == []
+    dry_run = examine(tiny)
+    assert dry_run.weights["encoders.audio.gains"] == (8, False) and dry_run.missing == []
     encoder.path = "nowhere/weights"
     assert examine(tiny).missing == [("model.modalities.audio.encoder.path", "nowhere/weights")]
 
@@ -566,11 +566,11 @@ def test_a_checkpoint_gives_the_llamas_shape(tiny: RunConfig, tmp_path: Path, te
 
 
 def test_clap_on_the_meta_device_counts_its_tokens() -> None:
-    found = examine(compose("pretrain_13b_audio", default_config_dir(), []).config)
+    dry_run = examine(compose("pretrain_13b_audio", default_config_dir(), []).config)
     # 10 seconds give 64 features of width 768, two per soft token of width 5120.
-    projector = {name: count for name, (count, _) in found.weights.items() if name.startswith("projectors.")}
+    projector = {name: count for name, (count, _) in dry_run.weights.items() if name.startswith("projectors.")}
     assert sum(projector.values()) == 2 * 768 * 5120 + 5120 + 1
-    assert sum(count for name, (count, _) in found.weights.items() if name.startswith("language_model.")) == (
+    assert sum(count for name, (count, _) in dry_run.weights.items() if name.startswith("language_model.")) == (
         13_015_864_320
     )
 
@@ -592,19 +592,19 @@ def test_70b_in_an_empty_folder(tmp_path: Path) -> None:
     environment = {"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    said = done.stdout
+    output = done.stdout
     # The Llama's published size; parameters per rank at tensor-parallel size eight; the paper's batch size.
-    assert "26,880 samples per step, 840 per replica" in said
-    assert re.search(r"language model +70,553,706,496 +70\.55 B +0 +0\n", said)
+    assert "26,880 samples per step, 840 per replica" in output
+    assert re.search(r"language model +70,553,706,496 +70\.55 B +0 +0\n", output)
     assert re.search(
-        r"\n +0 +0-255 +10,715,721,681 +52,580,305 +21\.43 GB .* 0-79 +embedding, image enc.*, head\n", said
+        r"\n +0 +0-255 +10,715,721,681 +52,580,305 +21\.43 GB .* 0-79 +embedding, image enc.*, head\n", output
     )
     for path in ("Meta-Llama-3-70B-Instruct", "CLIP-ViT-bigG-14"):
-        assert f"checkpoints/{path} is not on this machine: taken as" in said
-    assert "data.validation.image_text.path      data/image_text_held_out" in said
-    seconds, peak = map(float, said.rpartition("MEASURED ")[2].split()[:2])
+        assert f"checkpoints/{path} is not on this machine: taken as" in output
+    assert "data.validation.image_text.path      data/image_text_held_out" in output
+    seconds, peak = map(float, output.rpartition("MEASURED ")[2].split()[:2])
     assert seconds < 60 and peak < 2e9
-    assert said.endswith("[]\n") and not list(tmp_path.iterdir())
+    assert output.endswith("[]\n") and not list(tmp_path.iterdir())
 
 
 def test_a_step_is_shown_for_a_card_that_is_not_here(tiny: RunConfig) -> None:
@@ -614,8 +614,8 @@ def test_a_step_is_shown_for_a_card_that_is_not_here(tiny: RunConfig) -> None:
     assert "recompute none:" in render(unknown)
     without = unknown.memory.choice.held[0].total
     tiny.model.memory_gb = without / 1e9
-    said = render(examine(tiny))
-    assert "on a GPU" in said and "recompute none, chosen: the cheapest that fits:" in said
+    report = render(examine(tiny))
+    assert "on a GPU" in report and "recompute none, chosen: the cheapest that fits:" in report
     tiny.model.memory_gb = (without - 1) / 1e9
     tight = examine(tiny)
     assert tight.memory.choice.recompute.granularity and tight.memory.choice.without == without
@@ -629,5 +629,5 @@ def test_a_step_is_shown_for_a_card_that_is_not_here(tiny: RunConfig) -> None:
 
 def test_a_named_recompute_is_judged(tiny: RunConfig) -> None:
     tiny.model.recompute_granularity, tiny.model.memory_gb = "full", 1e-6
-    said = render(examine(tiny))
-    assert "recompute full: uniform, 1 layer(s):" in said and "does NOT fit in" in said
+    report = render(examine(tiny))
+    assert "recompute full: uniform, 1 layer(s):" in report and "does NOT fit in" in report

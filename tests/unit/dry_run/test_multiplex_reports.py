@@ -21,10 +21,12 @@ def config(tokenizer_folder: str, tmp_path: Path) -> RunConfig:
 
 
 def test_batches_and_epochs_are_those_of_each_alignment(config: RunConfig) -> None:
-    said = render(examine(config))
-    assert "27 samples per step, 27 per replica (image 16, audio 1, video 8, imu 2)" in said
+    report = render(examine(config))
+    assert "27 samples per step, 27 per replica (image 16, audio 1, video 8, imu 2)" in report
     for name, steps in zip(NAMES, ("3.0", "48.0", "6.0", "24.0")):
-        assert re.search(rf"data\.train\.{name}_text +48 samples +one epoch in {steps} steps \(100% of the mix\)", said)
+        assert re.search(
+            rf"data\.train\.{name}_text +48 samples +one epoch in {steps} steps \(100% of the mix\)", report
+        )
 
 
 def test_packs_are_filled_from_all(config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -103,12 +103,12 @@ def test_every_encoder_is_measured() -> None:
 
 
 def test_only_folders_that_are_not_there_are_replaced(tmp_path: Path) -> None:
-    there = tmp_path / "clip-vit-large-patch14"
-    there.mkdir()
+    existing_folder = tmp_path / "clip-vit-large-patch14"
+    existing_folder.mkdir()
     model = ModelConfig()
     model.language_model.path = "checkpoints/meta-llama-3-8b-INSTRUCT/"
     for name, kind, path in (
-        ("image", "clip", str(there)),
+        ("image", "clip", str(existing_folder)),
         ("thermal", "clip", "checkpoints/CLIP-ViT-bigG-14-laion2B-39B-b160k"),
         ("depth", "of_a_plug_in", "checkpoints/depth"),
         ("audio", "identity", ""),

@@ -41,9 +41,9 @@ def test_stored_answers_of_the_reference(name: str) -> None:
     table = json.loads((REFERENCES / f"{name}.json").read_text())
     wrong = []
     for answer, references, expected in table["cases"]:
-        found = RULES[name](answer, references)
-        if found != (expected if isinstance(expected, str) else pytest.approx(expected, abs=1e-12)):
-            wrong.append((answer, references, expected, found))
+        actual = RULES[name](answer, references)
+        if actual != (expected if isinstance(expected, str) else pytest.approx(expected, abs=1e-12)):
+            wrong.append((answer, references, expected, actual))
     assert len(table["cases"]) >= 300 and table["source"] and not wrong, wrong[:3]
 
 
@@ -63,9 +63,9 @@ def test_auroc_equals_torchmetrics_and_sklearn() -> None:
         # Some have many ties.
         scores = rng.integers(0, 4, size) / 4 if case % 3 else rng.random(size)
         if 0 < labels.sum() < size:
-            found = auroc(scores.tolist(), labels.tolist())
-            assert found == pytest.approx(roc_auc_score(labels, scores), abs=1e-12)
-            assert found == pytest.approx(float(binary_auroc(tensor(scores), tensor(labels))), abs=1e-6)
+            area = auroc(scores.tolist(), labels.tolist())
+            assert area == pytest.approx(roc_auc_score(labels, scores), abs=1e-12)
+            assert area == pytest.approx(float(binary_auroc(tensor(scores), tensor(labels))), abs=1e-6)
         else:
             assert np.isnan(auroc(scores.tolist(), labels.tolist()))
 
@@ -149,7 +149,7 @@ def test_without_java_spice_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize(
-    ("trouble", "said"),
+    ("trouble", "message"),
     [
         (URLError("Name or service not known"), "Name or service not known"),
         (subprocess.CalledProcessError(1, ["java"]), "returned non-zero exit status 1"),
@@ -157,7 +157,7 @@ def test_without_java_spice_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) 
     ],
 )
 def test_spice_is_tried_before_anything_is_answered(
-    trouble: Exception, said: str, monkeypatch: pytest.MonkeyPatch
+    trouble: Exception, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Spice:
         def compute_score(self, references: Any, captions: Any) -> Any:
@@ -167,7 +167,7 @@ def test_spice_is_tried_before_anything_is_answered(
     monkeypatch.setattr(captions, "has_java", lambda: True)
     monkeypatch.setattr(captions, "_tokenized", lambda texts: texts)
     monkeypatch.setattr("pycocoevalcap.spice.spice.Spice", Spice)
-    with pytest.raises(ConfigError, match=rf"spider does not run here: .*{said}.*--without-metric spider"):
+    with pytest.raises(ConfigError, match=rf"spider does not run here: .*{message}.*--without-metric spider"):
         captions.try_spice(["cider", "spider"])
     assert socket.getdefaulttimeout() is None
     captions.try_spice(["cider"])

@@ -69,8 +69,8 @@ def test_the_report_says_how_captions_were_split() -> None:
 
 def test_only_shared_samples_and_metrics_are_compared() -> None:
     this, other = result(vqa_accuracy=[1.0, 0.0, 1.0], anls=[1.0, 1.0, 1.0]), result(vqa_accuracy=[0.0, 0.0])
-    [found] = compare(this, other)
-    assert (found.metric, found.samples, found.difference) == ("vqa_accuracy", 2, 50.0)
+    [difference] = compare(this, other)
+    assert (difference.metric, difference.samples, difference.difference) == ("vqa_accuracy", 2, 50.0)
     with pytest.raises(DataError, match="share no task; the other has: mmmu"):
         compare(this, {"tasks": {"mmmu": other["tasks"]["vqav2"]}})
     for row in other["tasks"]["vqav2"]["answers"]:

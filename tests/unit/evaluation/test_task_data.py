@@ -121,8 +121,8 @@ def saved_and_read(root: Path, folder: Path) -> list[tuple[str, tuple[str, ...],
     data.save_to_disk(str(folder / "one"))
     DatasetDict({"validation": data, "test": data.select([0])}).save_to_disk(str(folder / "several"))
     return [
-        [(s.key, s.references, build_prompt(s).media[0].data) for s in read("vqav2", place)]  # type: ignore[misc]
-        for place in (root / "vqav2", folder / "one", folder / "several")
+        [(s.key, s.references, build_prompt(s).media[0].data) for s in read("vqav2", source)]  # type: ignore[misc]
+        for source in (root / "vqav2", folder / "one", folder / "several")
     ]
 
 

@@ -46,9 +46,9 @@ class Parrot(Generator):
         self._room(first, 3 * len(prompt.parts), sampling)
         self.asked.append(prompt)
         answer = Answer(first, lambda tokens: "".join(map(chr, tokens)), {0}, sampling.stop, 100)
-        said = "" if self.silent else f"answer {len(self.asked)} has words"
-        for place, letter in enumerate(said + "\0"):
-            if place == self._interrupt_at:
+        text = "" if self.silent else f"answer {len(self.asked)} has words"
+        for position, letter in enumerate(text + "\0"):
+            if position == self._interrupt_at:
                 raise KeyboardInterrupt
             answer.add(ord(letter))
             watch(answer)

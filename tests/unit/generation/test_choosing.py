@@ -71,16 +71,16 @@ def test_tokens_are_drawn_with_the_probabilities_that_transformers_gives_them() 
     expected = processors(torch.tensor([seen]), logits[None].clone())[0].softmax(0)
     draws = 4000
     drawn = torch.tensor([choose(logits, sampling, seen, n % 7, n) for n in range(draws)])
-    found = torch.bincount(drawn, minlength=12) / draws
-    assert (found[expected == 0] == 0).all() and 0 < (expected > 0).sum() < 8
-    assert ((found - expected).abs() <= 4.5 * (expected * (1 - expected) / draws).sqrt() + 1e-9).all()
+    frequencies = torch.bincount(drawn, minlength=12) / draws
+    assert (frequencies[expected == 0] == 0).all() and 0 < (expected > 0).sum() < 8
+    assert ((frequencies - expected).abs() <= 4.5 * (expected * (1 - expected) / draws).sqrt() + 1e-9).all()
 
 
 def test_chance_depends_on_seed_prompt_and_place_alone() -> None:
     logits = logits_of(3)
 
     def drawn(seed: int, prompt: int) -> list[int]:
-        return [choose(logits, Sampling(temperature=2.0, seed=seed), [], prompt, place) for place in range(30)]
+        return [choose(logits, Sampling(temperature=2.0, seed=seed), [], prompt, position) for position in range(30)]
 
     assert drawn(1, 2) == drawn(1, 2)
     assert len({tuple(drawn(seed, prompt)) for seed in (1, 2) for prompt in (2, 3)}) == 4
@@ -94,8 +94,8 @@ def test_rounding_does_not_change_what_is_drawn() -> None:
     other = logits.clone()
     other[[20, 21]] = torch.tensor([2.0 + 1e-6, 2.0])
     sampling = Sampling(temperature=1.5, top_p=0.98)
-    for place in range(300):
-        assert choose(logits, sampling, [], 0, place) == choose(other, sampling, [], 0, place)
+    for position in range(300):
+        assert choose(logits, sampling, [], 0, position) == choose(other, sampling, [], 0, position)
 
 
 @pytest.mark.parametrize(

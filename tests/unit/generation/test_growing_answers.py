@@ -110,8 +110,8 @@ def test_words_that_the_decoder_joins_are_not_shown_too_early(tmp_path: Path) ->
         return hf.decode(list(tokens), skip_special_tokens=True)
 
     answer, stream = Answer(0, joined, {3}, (), 100), Stream(pieces.append)
-    said = ["do", "##ing", "it", "'", "##s", ".", "is", "n't", "it", ",", "do", "n't", "[SEP]"]
-    for token in hf.convert_tokens_to_ids(said):
+    wordpieces = ["do", "##ing", "it", "'", "##s", ".", "is", "n't", "it", ",", "do", "n't", "[SEP]"]
+    for token in hf.convert_tokens_to_ids(wordpieces):
         answer.add(token)
         stream(answer)
     assert "".join(pieces) == answer.text == "doing it's. isn't it, don't"

@@ -79,10 +79,10 @@ def ahead_of(*texts: str, processes: int = 2) -> tuple[ReadAhead, list[Prompt]]:
 
 def _others_read() -> None:
     ahead, prompts = ahead_of("a", "b", "c")
-    found = [ahead.take([prompt]) for prompt in reversed(prompts)]
-    assert [text for text, *_ in found] == ["C", "B", "A"]
-    assert os.getpid() not in {process for _, process, *_ in found}
-    for _, _, values, half in found:
+    results = [ahead.take([prompt]) for prompt in reversed(prompts)]
+    assert [text for text, *_ in results] == ["C", "B", "A"]
+    assert os.getpid() not in {process for _, process, *_ in results}
+    for _, _, values, half in results:
         assert torch.equal(values, torch.arange(6.0).view(2, 3)) and torch.equal(half, torch.ones(2).bfloat16())
         values += 1
     # Taken once: it is not kept.
@@ -155,9 +155,9 @@ def test_processes_are_a_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> 
 
 def _batches() -> None:
     generator, prompts = Echo(1), prompts_of(*map(str, range(7)))
-    found = [answer.split() for answer in generator.answer(prompts, Sampling(), 3)]
-    assert [text for text, _ in found] == [str(n) for n in range(7)] and generator.announced == [6, 4, 1]
-    assert str(os.getpid()) not in {process for _, process in found}
+    answers = [answer.split() for answer in generator.answer(prompts, Sampling(), 3)]
+    assert [text for text, _ in answers] == [str(n) for n in range(7)] and generator.announced == [6, 4, 1]
+    assert str(os.getpid()) not in {process for _, process in answers}
     # One batch has nothing to overlap with.
     generator.answer(prompts, Sampling(), 7)
     assert len(generator.announced) == 3
@@ -218,8 +218,8 @@ def test_media_that_cannot_be_read_lose_no_answers(tmp_path: Path) -> None:
     def missing() -> MediaFile:
         raise DataError("it is not there")
 
-    there = MediaFile(b"", "png")
-    samples = [sample(n, missing if n == 5 else lambda: there) for n in range(6)]
+    media_file = MediaFile(b"", "png")
+    samples = [sample(n, missing if n == 5 else lambda: media_file) for n in range(6)]
     generator, journal = Echo(), AnswerJournal(tmp_path)
     with pytest.raises(DataError, match="vqa: samples '4' to '5': it is not there"):
         answer_samples(lambda: generator, samples, Asking("vqa", Sampling(), 2, likelihood=False), journal)

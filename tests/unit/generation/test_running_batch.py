@@ -123,9 +123,9 @@ def test_answers_of_a_checkpoint_are_those_of_each_prompt_alone(
     config = make_config(mixed_shards, tokenizer_folder, tmp_path / "run")
     config.model.language_model.config, config.model.language_model.path = {}, str(tmp_path / "llama")
     questions = asked(mixed_prompts(with_video=False))
-    [(expected, found)] = run_ranks(1, in_a_rank, config, questions)
+    [(expected, answers)] = run_ranks(1, in_a_rank, config, questions)
     assert len(set(expected)) > 15
-    assert found == [expected, expected]
+    assert answers == [expected, expected]
 
 
 def _words(count: int) -> Prompt:

@@ -70,8 +70,8 @@ def test_transformers_generate_obeys_the_grammar(generator: ExportedGenerator) -
     inputs = generator._processor([_as_json(words(1 + n % 3)) for n in range(400)])
     torch.manual_seed(0)
     settings: dict[str, Any] = {"do_sample": True, "temperature": 1.5, "top_k": 0, "max_new_tokens": 20}
-    found = generator._model.generate(**inputs, **settings)[:, inputs["input_ids"].shape[1] :].tolist()
-    answers = list(map(cut, found))
+    rows = generator._model.generate(**inputs, **settings)[:, inputs["input_ids"].shape[1] :].tolist()
+    answers = list(map(cut, rows))
     assert all(map(is_grammatical, answers)) and sum(39 in answer for answer in answers) > 50
     beams = generator._model.generate(**inputs, num_beams=3, num_return_sequences=2, do_sample=False, max_new_tokens=12)
     assert all(is_grammatical(cut(row)) for row in beams[:, inputs["input_ids"].shape[1] :].tolist())
@@ -87,8 +87,8 @@ def test_without_the_grammar_it_would_be_broken(generator: ExportedGenerator) ->
 
     inputs = generator._processor([_as_json(words(1 + n % 3)) for n in range(50)])
     torch.manual_seed(0)
-    found = GenerationMixin.generate(generator._model, **inputs, do_sample=True, top_k=0, max_new_tokens=20)
-    answers = [cut(row) for row in found[:, inputs["input_ids"].shape[1] :].tolist()]
+    output = GenerationMixin.generate(generator._model, **inputs, do_sample=True, top_k=0, max_new_tokens=20)
+    answers = [cut(row) for row in output[:, inputs["input_ids"].shape[1] :].tolist()]
     assert not all(map(is_grammatical, answers))
 
 

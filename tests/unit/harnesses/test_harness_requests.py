@@ -66,9 +66,9 @@ def test_media_of_every_form_are_those_of_the_file(form: str, generator: Exporte
     (tmp_path / name).write_bytes(data)
     kind = {"png": "image", "flac": "audio", "mp4": "video"}[name.partition(".")[2]]
     asked = prompt_of(conversation({"type": kind, "url": item_in(tmp_path)}), "a task, document 0")
-    expected, found = (generator._inputs([prompt]) for prompt in (of_file(name, data), asked))
-    assert found["input_ids"].tolist() == expected["input_ids"].tolist()
-    [(modality, pieces)] = found["media"].items()
+    expected, inputs = (generator._inputs([prompt]) for prompt in (of_file(name, data), asked))
+    assert inputs["input_ids"].tolist() == expected["input_ids"].tolist()
+    [(modality, pieces)] = inputs["media"].items()
     assert modality == kind and (pieces == expected["media"][kind]).all()
 
 

@@ -29,8 +29,8 @@ def main(folder: str, image: str, tokens: str) -> None:
     def turn(*items: dict[str, Any]) -> list[dict[str, Any]]:
         return [{"role": "user", "content": [*items, {"type": "text", "text": "what is this"}]}]
 
-    def new(found: Any) -> str:
-        return str(found["generated_text"]).strip()
+    def new(output: Any) -> str:
+        return str(output["generated_text"]).strip()
 
     settings: dict[str, Any] = {"generate_kwargs": {"max_new_tokens": int(tokens)}, "return_full_text": False}
     chats = {
@@ -44,9 +44,9 @@ def main(folder: str, image: str, tokens: str) -> None:
     answers["rendered, picture"] = new(ask(images=picture, text=rendered, **settings)[0])
     answers["rendered, path"] = new(ask(images=image, text=rendered, **settings)[0])
     both = ask(images=[[picture], [picture]], text=[rendered, rendered], **settings)
-    answers |= {f"rendered, batch {number}": new(found) for number, found in enumerate(both)}
+    answers |= {f"rendered, batch {number}": new(output) for number, output in enumerate(both)}
     several = ask(text=[chats["chat, picture"], chats["chat, path"]], **settings)
-    answers |= {f"chats {number}": new(found[0]) for number, found in enumerate(several)}
+    answers |= {f"chats {number}": new(output[0]) for number, output in enumerate(several)}
     plain = {"plain, picture": picture, "plain, path": image}
     plain = {name: new(ask(images=given, text="what is this", **settings)[0]) for name, given in plain.items()}
     full = ask(text=chats["chat, path"], generate_kwargs=settings["generate_kwargs"])[0]["generated_text"]

@@ -35,7 +35,7 @@ def main(folder: str, prompts_file: str) -> None:
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    model, found = transformers.AutoModelForCausalLM.from_pretrained(
+    model, loading_info = transformers.AutoModelForCausalLM.from_pretrained(
         folder, trust_remote_code=True, output_loading_info=True
     )
     processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=True)
@@ -46,7 +46,7 @@ def main(folder: str, prompts_file: str) -> None:
     half = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.bfloat16)
     half.generate(**inputs, max_new_tokens=2, do_sample=False)
     result = {
-        "loading": {name: sorted(map(str, keys)) for name, keys in found.items() if keys},
+        "loading": {name: sorted(map(str, keys)) for name, keys in loading_info.items() if keys},
         "module": type(model).__module__.partition(".")[0],
         "ids": inputs["input_ids"].tolist(),
         "pieces": {name: float(pieces.double().sum()) for name, pieces in inputs["media"].items()},

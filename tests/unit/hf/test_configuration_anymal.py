@@ -119,8 +119,8 @@ def test_a_model_comes_back(variant: str, tokenizer_folder: str, tmp_path: Path)
     tied = variant == "others"
     model = make_model(make_config(sections(variant), tokenizer_folder, tie_word_embeddings=tied))
     model.save_pretrained(tmp_path)
-    again, found = AnyMALForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
-    assert not any(found.values()), found
+    again, loading_info = AnyMALForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(loading_info.values()), loading_info
     state = again.state_dict()
     assert state.keys() == model.state_dict().keys()
     assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())

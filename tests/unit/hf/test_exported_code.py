@@ -64,13 +64,13 @@ def test_a_folder_answers_by_itself(variant: str, tokenizer_folder: str, tmp_pat
     write_export(folder, model, tokenizer_folder)
     prompts = prompts_about(write_media(tmp_path))
     inputs, logits, answers = expected_of(model, tokenizer_folder, prompts)
-    found = load(folder, prompts)
-    assert found["loading"] == {} and found["module"] == "transformers_modules"
-    assert found["ids"] == inputs["input_ids"].tolist()
-    assert found["pieces"] == {name: float(pieces.double().sum()) for name, pieces in inputs["media"].items()}
-    torch.testing.assert_close(torch.tensor(found["logits"]), logits)
-    assert found["answers"] == answers and len(set(answers)) > 1
-    assert found["dtypes"] == ["torch.bfloat16"]
+    report = load(folder, prompts)
+    assert report["loading"] == {} and report["module"] == "transformers_modules"
+    assert report["ids"] == inputs["input_ids"].tolist()
+    assert report["pieces"] == {name: float(pieces.double().sum()) for name, pieces in inputs["media"].items()}
+    torch.testing.assert_close(torch.tensor(report["logits"]), logits)
+    assert report["answers"] == answers and len(set(answers)) > 1
+    assert report["dtypes"] == ["torch.bfloat16"]
 
 
 def test_images_alone_need_neither_sound_nor_video(tokenizer_folder: str, tmp_path: Path) -> None:
@@ -78,9 +78,9 @@ def test_images_alone_need_neither_sound_nor_video(tokenizer_folder: str, tmp_pa
     write_export(tmp_path / "export", model, tokenizer_folder)
     (tmp_path / "a.png").write_bytes(png(0))
     prompts = [{"parts": [{"media": str(tmp_path / "a.png")}, {"text": "what"}]}]
-    found = load(tmp_path / "export", prompts, hidden="av,soundfile,soxr,simplejpeg")
-    assert found["libraries"] == ["PIL"]
-    assert found["answers"] == expected_of(model, tokenizer_folder, prompts)[2]
+    report = load(tmp_path / "export", prompts, hidden="av,soundfile,soxr,simplejpeg")
+    assert report["libraries"] == ["PIL"]
+    assert report["answers"] == expected_of(model, tokenizer_folder, prompts)[2]
 
 
 @pytest.mark.slow
@@ -89,8 +89,8 @@ def test_motion_alone_needs_no_library_of_media(tokenizer_folder: str, tmp_path:
     write_export(tmp_path / "export", model, tokenizer_folder)
     (tmp_path / "a.npy").write_bytes(npy(0))
     prompts = [{"parts": [{"media": str(tmp_path / "a.npy"), "rate": 50}, {"text": "what"}]}]
-    found = load(tmp_path / "export", prompts, hidden="av,soundfile,soxr,simplejpeg,PIL")
-    assert found["libraries"] == [] and found["answers"] == expected_of(model, tokenizer_folder, prompts)[2]
+    report = load(tmp_path / "export", prompts, hidden="av,soundfile,soxr,simplejpeg,PIL")
+    assert report["libraries"] == [] and report["answers"] == expected_of(model, tokenizer_folder, prompts)[2]
 
 
 def test_a_plugins_modality_comes_along(tokenizer_folder: str, tmp_path: Path) -> None:
@@ -106,8 +106,8 @@ def test_a_plugins_modality_comes_along(tokenizer_folder: str, tmp_path: Path) -
     (tmp_path / "a.thermal.npy").write_bytes(npy(0))
     picture = {"media": str(tmp_path / "a.thermal.npy"), "modality": "thermal"}
     prompts = [{"parts": [picture, {"text": "what"}]}]
-    found = load(tmp_path / "export", prompts)
-    assert found["loading"] == {} and found["answers"] == expected_of(model, tokenizer_folder, prompts)[2]
+    report = load(tmp_path / "export", prompts)
+    assert report["loading"] == {} and report["answers"] == expected_of(model, tokenizer_folder, prompts)[2]
 
 
 def test_every_root_names_all_files_and_none_of_the_packages(tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ def test_every_root_names_all_files_and_none_of_the_packages(tmp_path: Path) -> 
         text = (tmp_path / name).read_text()
         assert text.startswith("# From megatron_anymal ") and "TYPE_CHECKING:" not in text
         # The imports that transformers looks for.
-        needs[name] = {f"{found}.py" for found in re.findall(r"^\s*from\s+\.(\S+)\s+import", text, re.MULTILINE)}
+        needs[name] = {f"{module}.py" for module in re.findall(r"^\s*from\s+\.(\S+)\s+import", text, re.MULTILINE)}
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.Import):
                 tops = {alias.name.split(".")[0] for alias in node.names}

@@ -48,7 +48,7 @@ def by_hand(model: AnyMALForConditionalGeneration, inputs: Any) -> list[int]:
 def cut(row: torch.Tensor, model: AnyMALForConditionalGeneration) -> list[int]:
     """Tokens of a row up to its first end token."""
     tokens = row.tolist()
-    ends = [place for place, token in enumerate(tokens) if token in model.config.eos_token_id]
+    ends = [position for position, token in enumerate(tokens) if token in model.config.eos_token_id]
     return tokens[: ends[0] + 1] if ends else tokens
 
 

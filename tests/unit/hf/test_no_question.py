@@ -46,17 +46,17 @@ def in_a_terminal(command: list[str], environment: dict[str, str]) -> tuple[int,
     ours, theirs = pty.openpty()
     process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
     os.close(theirs)
-    said = b""
+    output = b""
     try:
         # On Linux, reading from a terminal that no process holds open any longer raises an error.
         while data := os.read(ours, 65536):
-            said += data
-            if b"y/N" in said:
+            output += data
+            if b"y/N" in output:
                 process.kill()
     except OSError:
         pass
     os.close(ours)
-    return process.wait(), said.decode()
+    return process.wait(), output.decode()
 
 
 @pytest.mark.parametrize(
@@ -78,12 +78,12 @@ def test_nothing_is_asked_and_none_of_its_code_is_run(
         command += ["--data", make_shards(tmp_path / "shards", tokenizer_folder, 4, ("image", "imu"))]
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"}
     if terminal:
-        code, said = in_a_terminal(command, environment)
+        code, output = in_a_terminal(command, environment)
     else:
         done = fork_server.python("-c", WITH_OWN_CACHE, tmp_path / "modules", *command[3:], environment=environment)
-        code, said = done.returncode, done.stdout + done.stderr
-    assert code == 0, said
+        code, output = done.returncode, done.stdout + done.stderr
+    assert code == 0, output
     for never in ("y/N", "custom code", "trust_remote_code", "was run"):
-        assert never not in said
+        assert never not in output
     # The path to which transformers would have copied the folder's code.
     assert not list(tmp_path.glob("modules/**/modeling*"))

@@ -39,13 +39,13 @@ def test_every_way_to_ask_gets_the_answer_of_generate(folder: Path, tmp_path: Pa
         [sys.executable, "-I", ask_pipeline.__file__, str(folder), image, str(NEW)], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    report = json.loads(done.stdout.splitlines()[-1])
     config = json.loads((folder / "config.json").read_text())
     generator = ExportedGenerator.of_folder(str(folder), config, "cpu", "float32", trust_remote_code=False)
     sampling = Sampling(max_new_tokens=NEW)
     [chat] = generator.answer([prompt_of_files([image], [], None, "what is this", chat=True)], sampling)
     [plain] = generator.answer([prompt_of_files([image], [], None, "what is this")], sampling)
     assert chat.strip() and plain.strip() and chat != plain
-    assert found["answers"] == dict.fromkeys(found["answers"], chat.strip())
-    assert found["plain"] == dict.fromkeys(found["plain"], plain.strip())
+    assert report["answers"] == dict.fromkeys(report["answers"], chat.strip())
+    assert report["plain"] == dict.fromkeys(report["plain"], plain.strip())
     assert "FutureWarning" not in done.stderr and "past_key_values" not in done.stderr

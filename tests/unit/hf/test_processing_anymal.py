@@ -89,9 +89,9 @@ def test_the_trained_resize_backend_is_used(files: dict[str, str], tokenizer_fol
         for name, section in own.items():
             path = Path(files[name])
             expected = build_modality(name, section).load(path.read_bytes(), path.suffix[1:], {})
-            found = processor(media=[files[name]])["media"][name]
-            assert torch.equal(found, expected)
-            loaded[backend, name] = found
+            pixels = processor(media=[files[name]])["media"][name]
+            assert torch.equal(pixels, expected)
+            loaded[backend, name] = pixels
     assert not torch.equal(loaded["pillow", "image"], loaded["torch", "image"])
 
 
@@ -173,9 +173,9 @@ def test_an_address_is_fetched(
 
     monkeypatch.setattr(media_inputs.urllib.request, "urlopen", answer)
     turn = {"role": "user", "content": [{"type": "image", "url": "https://example.org/b/a.png?size=1"}]}
-    found = processor.apply_chat_template([turn])
+    inputs = processor.apply_chat_template([turn])
     assert asked == ["https://example.org/b/a.png?size=1"]
-    assert torch.equal(found["media"]["image"], processor(media=[files["image"]])["media"]["image"])
+    assert torch.equal(inputs["media"]["image"], processor(media=[files["image"]])["media"]["image"])
 
 
 @pytest.mark.parametrize(
@@ -279,8 +279,8 @@ def test_answers_end_where_they_end(processor: AnyMALProcessor) -> None:
 def test_it_comes_back_from_its_folder(processor: AnyMALProcessor, files: dict[str, str], tmp_path: Path) -> None:
     expected = processor(prompts_about(files))
     processor.save_pretrained(tmp_path)
-    found = json.loads((tmp_path / "processor_config.json").read_text())
-    assert found["modalities"] == processor.modalities and found["processor_class"] == "AnyMALProcessor"
+    settings = json.loads((tmp_path / "processor_config.json").read_text())
+    assert settings["modalities"] == processor.modalities and settings["processor_class"] == "AnyMALProcessor"
     again = AnyMALProcessor.from_pretrained(tmp_path)
     assert again.modalities == processor.modalities
     assert same(again(prompts_about(files)), expected)

@@ -70,15 +70,15 @@ def test_logits_are_the_native_models(variant: str, tokenizer_folder: str, tmp_p
     run = make_run("not read", tokenizer_folder, tmp_path / "run")
     run.model.modalities = own
     run.model.language_model.config, run.model.language_model.path = {}, str(tmp_path / "llama")
-    [found] = run_ranks(1, native, run, rows, dict(inputs["media"]))
+    [reference] = run_ranks(1, native, run, rows, dict(inputs["media"]))
 
     # Under the names used in an export: nothing missing, nothing unknown.
     llama = {f"language_model.{name}": tensor for name, tensor in model.language_model.state_dict().items()}
-    whole = {name: torch.from_numpy(array) for name, array in found["state"].items()}
+    whole = {name: torch.from_numpy(array) for name, array in reference["state"].items()}
     model.load_state_dict({**llama, **whole}, strict=True)
     with torch.no_grad():
         logits = model(**inputs).logits[inputs["attention_mask"].bool()]
-    expected = torch.from_numpy(found["logits"])
+    expected = torch.from_numpy(reference["logits"])
     assert expected.std() > 0.5
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
 

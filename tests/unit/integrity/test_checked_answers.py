@@ -46,7 +46,7 @@ class Reciter(Generator):
     def _answer(
         self, prompts: Sequence[Prompt], numbers: Sequence[int], sampling: Sampling, watch: Watch
     ) -> list[Reply]:
-        found = []
+        replies = []
         for prompt, number in zip(prompts, numbers):
             [text] = [p.text for p in prompt.parts if isinstance(p, TextPart) and not p.control][-1:]
             self.asked.append(text)
@@ -56,8 +56,8 @@ class Reciter(Generator):
                     self.spoken += 1
                     answer.add(ord(letter))
                     watch(answer)
-            found.append(answer.reply)
-        return found
+            replies.append(answer.reply)
+        return replies
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +157,7 @@ def commands(run_dir: Path, shards: str, folder: Path, *further: str) -> dict[st
     import io
 
     (folder / "prompts.jsonl").write_text('{"parts": [{"text": "what is this"}]}\n{"parts": [{"text": "zorpal"}]}\n')
-    found = {}
+    outputs = {}
     checkpoint = f"--checkpoint={run_dir}"
     for name, words in {
         "generate": ["generate", checkpoint, f"--prompts={folder / 'prompts.jsonl'}", f"--out={folder / 'a.jsonl'}"],
@@ -167,8 +167,8 @@ def commands(run_dir: Path, shards: str, folder: Path, *further: str) -> dict[st
         out, err = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             assert main([*words, "--max-new-tokens=5", *further]) == 0
-        found[name] = [out.getvalue(), err.getvalue()]
-    return found
+        outputs[name] = [out.getvalue(), err.getvalue()]
+    return outputs
 
 
 def written(folder: Path) -> dict[str, str]:
@@ -183,7 +183,7 @@ def test_commands_with_and_without_the_option(run_dir: Path, mixed_shards: str, 
     [plain] = run_ranks(1, commands, run_dir, mixed_shards, folders[0])
     [checked] = run_ranks(1, commands, run_dir, mixed_shards, folders[1], f"--integrity={words}")
     files, checked_files = map(written, folders)
-    rows, other = ([json.loads(line) for line in found["a"].splitlines()] for found in (files, checked_files))
+    rows, other = ([json.loads(line) for line in contents["a"].splitlines()] for contents in (files, checked_files))
     # Harmless answers are the same, and a rejected prompt has a reason code.
     assert other[0] == rows[0] and "rejected" not in rows[1]
     assert other[1]["answer"].startswith("(refused: input_text/words/zorp ")
@@ -217,12 +217,12 @@ def pair_verdicts(run_dir: Path, folder: Path) -> tuple[list[Any], list[Any], li
     asked = [Prompt([about.parts[0], TextPart(f"{answer} is this a motion")], [picture]) for answer in answers]
     scores = generator.log_likelihoods(asked, [["three", "four"]] * 3)
     expected = [1 / (1 + math.exp(second - first)) for first, second in scores]
-    found = []
+    verdicts = []
     for threshold in (1e-6, sorted(expected)[1]):
         file = integrity_file(folder / "pair.yaml", {"pair": {**section, "threshold": threshold}})
         checks = IntegrityChecks(read_integrity(file), ("image", "audio"))
-        found.append(checks.check_answers([about, about, about, plain], [*answers, "one"]))
-    return found[0], found[1], expected
+        verdicts.append(checks.check_answers([about, about, about, plain], [*answers, "one"]))
+    return verdicts[0], verdicts[1], expected
 
 
 def test_a_pair_classifier_judges_by_likelihood(run_dir: Path, tmp_path: Path) -> None:

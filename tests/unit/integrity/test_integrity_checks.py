@@ -58,7 +58,7 @@ def test_planted_words_are_found_in_prompts_and_answers(checks: IntegrityChecks)
     violating = [sentence(rng, word) for word in VIOLATIONS for _ in range(100)]
     harmless = [sentence(rng) for _ in range(400)]
     empty = asked("what is this")
-    for name, found, passed in (
+    for name, rejected, passed in (
         (
             "input",
             checks.check_prompts([asked(t) for t in violating]),
@@ -66,18 +66,18 @@ def test_planted_words_are_found_in_prompts_and_answers(checks: IntegrityChecks)
         ),
         ("output", checks.check_answers([empty] * 400, violating), checks.check_answers([empty] * 400, harmless)),
     ):
-        assert codes(found)["passed"] <= 4 and codes(passed)["passed"] >= 396
-        labels = Counter(verdict.label for verdict in found if verdict)
-        assert {verdict.stage for verdict in found if verdict} == {f"{name}_text"}
+        assert codes(rejected)["passed"] <= 4 and codes(passed)["passed"] >= 396
+        labels = Counter(verdict.label for verdict in rejected if verdict)
+        assert {verdict.stage for verdict in rejected if verdict} == {f"{name}_text"}
         assert abs(labels["zorp"] - 200) <= 4 and abs(labels["blick"] - 200) <= 4
     assert checks.check_prompts([asked("")]) == [None]
 
 
 def test_planted_pictures_are_found(checks: IntegrityChecks) -> None:
     bad, good = digits(True, 1, 400), digits(False, 3, 400)
-    found = checks.check_prompts([asked("what is this", ("png", png_of(picture))) for picture in bad])
+    rejected = checks.check_prompts([asked("what is this", ("png", png_of(picture))) for picture in bad])
     passed = checks.check_prompts([asked("what is this", ("png", png_of(picture))) for picture in good])
-    assert codes(found)["input_image/squares/square"] >= 396 and codes(passed)["passed"] >= 396
+    assert codes(rejected)["input_image/squares/square"] >= 396 and codes(passed)["passed"] >= 396
     # One picture of several, and a violation of the picture comes first.
     several = asked(sentence(np.random.default_rng(0), "zorpal"), *(("png", png_of(p)) for p in [*good[:3], bad[0]]))
     [verdict] = checks.check_prompts([several])
@@ -98,12 +98,12 @@ def test_scores_are_those_of_the_pipelines(checks: IntegrityChecks, text_model: 
         assert scores == pytest.approx({row["label"]: row["score"] for row in rows}, abs=1e-5)
 
 
-@pytest.mark.parametrize("place", [0, 7, 15, 29])
-def test_long_texts_are_cut_into_windows(checks: IntegrityChecks, place: int) -> None:
-    rng = np.random.default_rng(place)
+@pytest.mark.parametrize("position", [0, 7, 15, 29])
+def test_long_texts_are_cut_into_windows(checks: IntegrityChecks, position: int) -> None:
+    rng = np.random.default_rng(position)
     sentences = [sentence(rng) for _ in range(30)]
     assert checks.check_prompts([asked(" ".join(sentences))]) == [None]
-    sentences[place] = sentence(rng, "blickan")
+    sentences[position] = sentence(rng, "blickan")
     verdicts = checks.check_prompts([asked(" ".join(sentences)), asked("what is this")])
     assert codes(verdicts) == {"input_text/words/blick": 1, "passed": 1}
 
@@ -165,13 +165,13 @@ class Failing:
         self._inner, self._wrong = inner, wrong
 
     def scores(self, inputs: Any) -> Any:
-        found = [dict(scores) for scores in self._inner.scores(inputs)]
-        for text, scores in zip(inputs, found):
+        all_scores = [dict(scores) for scores in self._inner.scores(inputs)]
+        for text, scores in zip(inputs, all_scores):
             if "boat" in text:
                 if isinstance(self._wrong, Exception):
                     raise self._wrong
                 scores["zorp"] = self._wrong
-        return found[:-1] if self._wrong == "short" else found
+        return all_scores[:-1] if self._wrong == "short" else all_scores
 
 
 @pytest.mark.parametrize("wrong", [RuntimeError("no memory"), float("nan"), 1.5, "short"])
@@ -205,14 +205,16 @@ def test_counts_and_time(checks: IntegrityChecks, text_model: Path, tmp_path: Pa
 
 
 def test_threads_take_turns(checks: IntegrityChecks) -> None:
-    found: list[Any] = []
+    verdicts: list[Any] = []
     texts = ["The zorpal runs.", "The dog runs."] * 4
-    threads = [threading.Thread(target=lambda t=text: found.extend(checks.check_prompts([asked(t)]))) for text in texts]
+    threads = [
+        threading.Thread(target=lambda t=text: verdicts.extend(checks.check_prompts([asked(t)]))) for text in texts
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert codes(found) == {"input_text/words/zorp": 4, "passed": 4}
+    assert codes(verdicts) == {"input_text/words/zorp": 4, "passed": 4}
 
 
 def test_labels_belong_to_their_numbers_in_whatever_order_the_file_has_them(text_model: Path, tmp_path: Path) -> None:
@@ -225,5 +227,5 @@ def test_labels_belong_to_their_numbers_in_whatever_order_the_file_has_them(text
     texts = ["what is zorpal", "what is blickan", "what is this"]
     expected = pipeline("text-classification", str(folder), top_k=None)(texts)
     scorer = TextScorer(TextClassifier(path=str(folder), labels=["zorp"], threshold=0.5, overlap=8), "here")
-    for found, oracle in zip(scorer.scores(texts), expected):
-        assert found == pytest.approx({row["label"]: row["score"] for row in oracle}, abs=1e-6)
+    for scores, oracle in zip(scorer.scores(texts), expected):
+        assert scores == pytest.approx({row["label"]: row["score"] for row in oracle}, abs=1e-6)

@@ -39,55 +39,55 @@ def changed(section: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in {**section, **change}.items() if value is not None}
 
 
-@pytest.mark.parametrize(("change", "said"), WRONG)
-def test_a_wrong_section_is_refused(change: dict[str, Any], said: str, text_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("change", "message"), WRONG)
+def test_a_wrong_section_is_refused(change: dict[str, Any], message: str, text_model: Path, tmp_path: Path) -> None:
     file = integrity_file(tmp_path / "integrity.yaml", {"words": changed(text_section(text_model), change)})
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=message):
         read_integrity(file)
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("classifiers: [", "is not YAML"),
         ("classifiers: {}", "no section `classifiers`"),
         ("[]", "no section `classifiers`"),
     ],
 )
-def test_a_wrong_file_is_refused(text: str, said: str, tmp_path: Path) -> None:
+def test_a_wrong_file_is_refused(text: str, message: str, tmp_path: Path) -> None:
     file = tmp_path / "integrity.yaml"
     file.write_text(text)
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=message):
         read_integrity(str(file))
     with pytest.raises(ConfigError, match=r"no file ./nowhere\.yaml."):
         read_integrity("/nowhere.yaml")
 
 
 def test_wrong_settings_are_refused(text_model: Path, tmp_path: Path) -> None:
-    for settings, said in (
+    for settings, message in (
         ({"unchecked_medai": ["audio"]}, "Did you mean 'unchecked_media'"),
         ({"video_frames": 0}, "video_frames=0 must be at least 1"),
         ({"overlap_characters": 400}, "overlap_characters=400 must be at least 0 and below sentence_characters=400"),
     ):
         file = integrity_file(tmp_path / "integrity.yaml", {"words": text_section(text_model)}, **settings)
-        with pytest.raises(ConfigError, match=said):
+        with pytest.raises(ConfigError, match=message):
             read_integrity(file)
 
 
 def test_a_wrong_pair_classifier_is_refused(text_model: Path, tmp_path: Path) -> None:
-    for change, said in (
+    for change, message in (
         ({"question": "Is it wrong?"}, r"question has no \{answer\}"),
         ({"question": None}, "question is missing"),
         ({"words": ["yes"]}, "two different words"),
         ({}, "has the model_type 'bert', not 'anymal'"),
     ):
         section = changed({**PAIR, "path": str(text_model)}, change)
-        with pytest.raises(ConfigError, match=said):
+        with pytest.raises(ConfigError, match=message):
             read_integrity(integrity_file(tmp_path / "integrity.yaml", {"pair": section}))
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"id2label": None}, "has no id2label"),
         ({"architectures": ["BertModel"]}, "holds BertModel, which is not for text classification"),
@@ -96,17 +96,17 @@ def test_a_wrong_pair_classifier_is_refused(text_model: Path, tmp_path: Path) ->
     ],
 )
 def test_a_folder_of_another_kind_is_refused(
-    change: dict[str, Any], said: str, text_model: Path, tmp_path: Path
+    change: dict[str, Any], message: str, text_model: Path, tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(text_model, tmp_path / "model"))
     settings = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(changed(settings, change)))
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=message):
         read_integrity(integrity_file(tmp_path / "i.yaml", {"words": text_section(folder)}))
 
 
 def test_an_incomplete_folder_is_refused(text_model: Path, image_model: Path, tmp_path: Path) -> None:
-    for number, (model, section, name, said) in enumerate(
+    for number, (model, section, name, message) in enumerate(
         (
             (text_model, text_section, "config.json", "cannot be read as a model's settings"),
             (text_model, text_section, "model.safetensors", "no weights as safetensors"),
@@ -117,7 +117,7 @@ def test_an_incomplete_folder_is_refused(text_model: Path, image_model: Path, tm
         (folder / name).unlink()
         # A pickle is no substitute.
         torch.save({}, folder / "pytorch_model.bin")
-        with pytest.raises(ConfigError, match=said):
+        with pytest.raises(ConfigError, match=message):
             read_integrity(integrity_file(tmp_path / "i.yaml", {"one": section(folder)}))
 
 

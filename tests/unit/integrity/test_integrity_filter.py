@@ -168,7 +168,7 @@ def test_samples_checked_together_have_the_results_of_each_alone(
             return scores(self, inputs)
 
         monkeypatch.setattr(scorer, "scores", counted)
-    found, counts = [], []
+    results, counts = [], []
     for together in (1, 5, 64):
         monkeypatch.setattr(filters, "_TOGETHER", together)
         folder = tmp_path / f"of_{together}"
@@ -181,14 +181,14 @@ def test_samples_checked_together_have_the_results_of_each_alone(
         index = ShardIndex(str(folder))
         keys = [index.key(n) for n in range(len(index))]
         ledger = [json.loads(line) for line in (folder / "index" / "left_out.jsonl").read_text().splitlines()]
-        found.append((keys, ledger, [path.read_bytes() for path in sorted(folder.glob("*.tar"))]))
+        results.append((keys, ledger, [path.read_bytes() for path in sorted(folder.glob("*.tar"))]))
         counts.append(calls.copy())
-    assert found[0] == found[1] == found[2]
-    codes = {row["key"]: row["code"] for row in found[0][1]}
+    assert results[0] == results[1] == results[2]
+    codes = {row["key"]: row["code"] for row in results[0][1]}
     assert codes.keys() == {f"k{n}" for n in {2, 7, 10} | PICTURE | QUESTION | ANSWER}
     # The small picture of 9 shows no square; its size is the third rule's business.
     assert codes["k7"] == codes["k10"] == "media" and codes["k2"] == codes["k9"] == "filtered"
-    assert [row["key"] for row in found[0][1]] == sorted(codes, key=lambda key: int(key[1:]))
+    assert [row["key"] for row in results[0][1]] == sorted(codes, key=lambda key: int(key[1:]))
     assert counts[0]["ImageScorer"] > 2 * counts[1]["ImageScorer"] and counts[1] > counts[2]
 
 

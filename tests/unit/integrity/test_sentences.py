@@ -28,19 +28,19 @@ SPLIT = [
 
 
 def sentences(text: str, size: int, longest: int = LONG, overlap: int = 80) -> list[Sentence]:
-    splitter, found = Sentences(longest, overlap), []
+    splitter, split_sentences = Sentences(longest, overlap), []
     for start in range(0, len(text), size):
-        found += splitter.add(text[start : start + size])
-    return [*found, *splitter.finish()]
+        split_sentences += splitter.add(text[start : start + size])
+    return [*split_sentences, *splitter.finish()]
 
 
 @pytest.mark.parametrize("marked", SPLIT)
 def test_sentences_of_several_scripts(marked: str) -> None:
     text, expected = marked.replace("|", ""), [one for one in marked.split("|") if one]
     for size in (1, 2, 5, 1000):
-        found = sentences(text, size)
-        assert [one.text for one in found] == expected
-        assert [one.before for one in found] == ["".join(expected[:n]) for n in range(len(expected))]
+        split_sentences = sentences(text, size)
+        assert [one.text for one in split_sentences] == expected
+        assert [one.before for one in split_sentences] == ["".join(expected[:n]) for n in range(len(expected))]
 
 
 @pytest.mark.parametrize("longest", [20, 50])
@@ -70,13 +70,13 @@ def test_nothing_of_a_violating_sentence_comes_out() -> None:
             return violation if "zorp" in sentence.text else None
 
         gate = SentenceGate(check, LONG, 80)
-        place = 0
-        while place < len(text):
+        position = 0
+        while position < len(text):
             size = int(rng.integers(1, 12))
-            shown += gate.add(text[place : place + size])
+            shown += gate.add(text[position : position + size])
             # Nothing is shown that has not been checked.
             assert shown == "".join(checked[: len(checked) - (gate.rejection is not None)])
-            place += size
+            position += size
         shown += gate.finish()
         assert shown == gate.released == "".join(parts[: number % 6]) and gate.rejection is violation
         # Checks end with the violation.

@@ -74,11 +74,11 @@ def test_twenty_judgements_by_keyboard(tmp_path: Path) -> None:
         assert not tab.errors, tab.errors
         assert {url.split("?")[0].startswith(server.url) or url.startswith("data:") for url in tab.requests} == {True}
     rows = read_journal(tmp_path / "judgements.jsonl")
-    found = {r["item"]: (r["choice"], r["first"], {m: tuple(r["scores"][m].values()) for m in "ab"}) for r in rows}
+    judgements = {r["item"]: (r["choice"], r["first"], {m: tuple(r["scores"][m].values()) for m in "ab"}) for r in rows}
     assert (
         seen == [False, True, True]
         and len(rows) == 20
-        and found == expected
+        and judgements == expected
         and {row["annotator"] for row in rows} == {"ann"}
     )
 

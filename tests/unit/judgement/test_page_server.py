@@ -38,9 +38,9 @@ class Client:
         headers = headers if headers is not None else ({"Content-Type": "application/json"} if body else {})
         connection.request("POST" if body is not None else "GET", (root or self.root) + path, body, headers)
         reply = connection.getresponse()
-        found = reply.status, reply.read(), dict(reply.getheaders())
+        answer = reply.status, reply.read(), dict(reply.getheaders())
         connection.close()
-        return found
+        return answer
 
     def judge(self, number: object, annotator: str = "ann", **changes: Any) -> tuple[int, dict[str, Any]]:
         value = {"annotator": annotator, "number": number, "choice": "first", "scores": [SCORES, SCORES], "seconds": 1}

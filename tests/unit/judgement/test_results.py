@@ -20,8 +20,8 @@ from megatron_anymal.judgement.results import bootstrap, compute
 def test_intervals_are_those_of_scipy() -> None:
     """For one judgement per item; both draw 2000 samples of their own."""
     values = np.random.default_rng(1).random((80, 2)) * [1, 10]
-    found = bootstrap(values, np.ones(80))
-    for column, estimate in zip(values.T, found):
+    estimates = bootstrap(values, np.ones(80))
+    for column, estimate in zip(values.T, estimates):
         reference = stats.bootstrap((column,), np.mean, n_resamples=20_000, method="percentile", rng=2)
         spread = reference.confidence_interval.high - reference.confidence_interval.low
         assert estimate.value == pytest.approx(column.mean())

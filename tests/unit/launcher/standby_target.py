@@ -21,7 +21,7 @@ if __name__ == "__main__":
     import numpy as np
 
     print("some words", file=sys.stderr)
-    found = {
+    report = {
         "argv": sys.argv[1:],
         "name": __name__,
         "spec": __spec__.name if __spec__ else None,
@@ -38,4 +38,4 @@ if __name__ == "__main__":
         "numpy": float(np.random.random()),
         "json": "json" in sys.modules,
     }
-    print("FOUND" + json.dumps(found))
+    print("FOUND" + json.dumps(report))

@@ -54,7 +54,7 @@ def view(
 
 
 @pytest.mark.parametrize(
-    "views, found",
+    "views, expected",
     [
         ([view(0), view(1)], True),
         ([view(0, silent=9), view(1, silent=9)], False),
@@ -78,8 +78,8 @@ def view(
         ([view(0, Phase.CHECKPOINT, silent=12, held=11)], False),
     ],
 )
-def test_silence_is_noticed_in_time(views: list[RankView], found: bool) -> None:
-    assert hanging(views, LIMITS) is found
+def test_silence_is_noticed_in_time(views: list[RankView], expected: bool) -> None:
+    assert hanging(views, LIMITS) is expected
 
 
 def test_watching_can_be_switched_off() -> None:

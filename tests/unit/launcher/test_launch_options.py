@@ -16,7 +16,7 @@ RUN = ["pretrain", "--config-name=quickstart"]
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         ([], "needs the job to start, before the job's own arguments: `anymal launch pretrain|sft|dpo --config"),
         (["--config-name=quickstart"], "needs the job to start"),
@@ -37,10 +37,10 @@ RUN = ["pretrain", "--config-name=quickstart"]
         ([*RUN, "--config-path=nowhere"], "--config-path=nowhere: there is no folder"),
     ],
 )
-def test_what_cannot_be_started(words: list[str], said: str) -> None:
+def test_what_cannot_be_started(words: list[str], message: str) -> None:
     with pytest.raises(ConfigError) as error:
         main(words)
-    assert said in " ".join(str(error.value).split()), error.value
+    assert message in " ".join(str(error.value).split()), error.value
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
@@ -51,21 +51,21 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("libc", "said"),
+    ("libc", "message"),
     [
         (("glibc", "2.39"), "Install it with `pip install 'nvidia-resiliency-ext>=0.6,<0.7'`, or omit --launcher=ft"),
         (("glibc", "2.36"), "its wheels need glibc 2.39, and this system has 2.36. Omit --launcher=ft"),
     ],
 )
 def test_the_other_agent_needs_a_package_and_a_system(
-    libc: tuple[str, str], said: str, monkeypatch: pytest.MonkeyPatch
+    libc: tuple[str, str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("platform.libc_ver", lambda: libc)
     monkeypatch.setattr(command, "of_python", lambda: NEWER)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError) as error:
         main(["--launcher=ft", *RUN])
-    assert said in " ".join(str(error.value).split()), error.value
+    assert message in " ".join(str(error.value).split()), error.value
 
 
 @pytest.mark.parametrize(

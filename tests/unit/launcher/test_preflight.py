@@ -52,39 +52,39 @@ def play(
         import os
 
         rank = int(os.environ["RANK"])
-        place = JobPosition(rank, world, rank % per_node, per_node, names[rank // per_node])
+        position = JobPosition(rank, world, rank % per_node, per_node, names[rank // per_node])
         spoil(rank, config)
         # Counting a model's weights takes seconds; it has its own test.
         checkpoint_size.bytes_needed = lambda config: 1000  # type: ignore[assignment]
-        said = io.StringIO()
-        with contextlib.redirect_stdout(said):
-            code = Preflight(config, place, names, seconds).run("127.0.0.1", port)
-        return int(code), said.getvalue()
+        output = io.StringIO()
+        with contextlib.redirect_stdout(output):
+            code = Preflight(config, position, names, seconds).run("127.0.0.1", port)
+        return int(code), output.getvalue()
 
     answers = run_ranks(present or world, rank_of)
-    assert not any(said for _, said in answers[1:]), "only the first process may print"
+    assert not any(output for _, output in answers[1:]), "only the first process may print"
     return {code for code, _ in answers}, answers[0][1]
 
 
-def errors(said: str) -> list[str]:
-    return [line for line in said.splitlines() if line.startswith("error")]
+def errors(output: str) -> list[str]:
+    return [line for line in output.splitlines() if line.startswith("error")]
 
 
-@pytest.mark.parametrize("place", [".", ".preflight"], ids=["trains", "is-checked"])
-def test_another_job_in_the_folder(config: RunConfig, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("folder", [".", ".preflight"], ids=["trains", "is-checked"])
+def test_another_job_in_the_folder(config: RunConfig, folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """For example another task of a job array: it is named, and none of its files are touched."""
     for name, value in {"JOB_ID": "41", "ARRAY_JOB_ID": "36", "ARRAY_TASK_ID": "2"}.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
-    other = RunLock(config.run_dir / place, 20)
+    other = RunLock(config.run_dir / folder, 20)
     sign = config.run_dir / ".preflight" / "n1"
     sign.parent.mkdir(exist_ok=True)
     sign.write_text("the other's")
     for name, value in {"JOB_ID": "42", "ARRAY_TASK_ID": "3"}.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     try:
-        codes, said = play(config)
+        codes, output = play(config)
         assert codes == {Exit.LOCKED} and sign.read_text() == "the other's"
-        [line] = said.splitlines()
+        [line] = output.splitlines()
         assert line.startswith(f"error: '{config.run_dir}' is in use by process {os.getpid()} on ")
         assert "Slurm job 41, task 36_2" in line and "exp_manager.explicit_log_dir" in line
         other.check()
@@ -96,9 +96,9 @@ def test_another_job_in_the_folder(config: RunConfig, place: str, monkeypatch: p
 
 
 def test_fit_nodes(config: RunConfig) -> None:
-    codes, said = play(config)
-    assert codes == {0} and not errors(said), said
-    lines = said.splitlines()
+    codes, output = play(config)
+    assert codes == {0} and not errors(output), output
+    lines = output.splitlines()
     assert [line.split()[:2] for line in lines[:3]] == [["node", "processes"], ["n1", "2"], ["n2", "2"]]
     assert lines[1].endswith("ok") and lines[2].endswith("ok")
     assert lines[3].startswith("all-reduce over 4 process(es): correct; 4 MiB in ") and lines[3].endswith(
@@ -110,17 +110,17 @@ def test_fit_nodes(config: RunConfig) -> None:
 
 def test_a_node_that_does_not_come(config: RunConfig) -> None:
     began = time.monotonic()
-    codes, said = play(config, 3, 1, present=2, seconds=6)
+    codes, output = play(config, 3, 1, present=2, seconds=6)
     assert codes == {2} and time.monotonic() - began < 60
-    (line,) = errors(said)
+    (line,) = errors(output)
     assert line.startswith("error: node n3: network: process 2 did not report within 6 s. Fix: ")
-    assert "not tried" in said and "1 of 3 node(s) failed" in said
+    assert "not tried" in output and "1 of 3 node(s) failed" in output
 
 
 def test_unwritable_on_one_node(config: RunConfig) -> None:
     (config.run_dir / node_checks.SIGNS / "n2").mkdir(parents=True)
-    codes, said = play(config, 3, 1)
-    (line,) = errors(said)
+    codes, output = play(config, 3, 1)
+    (line,) = errors(output)
     assert codes == {2} and line.startswith(f"error: node n2: run folder: {str(config.run_dir)!r} cannot be written")
 
 
@@ -129,10 +129,10 @@ def test_not_the_same_folder(config: RunConfig, tmp_path: Path) -> None:
         if rank == 1:
             config.exp_manager.explicit_log_dir = str(tmp_path / "its own")
 
-    codes, said = play(config, 3, 1, spoil=spoil)
+    codes, output = play(config, 3, 1, spoil=spoil)
     assert codes == {2}
-    assert [line.split()[2].rstrip(":") for line in errors(said)] == ["n1", "n2", "n3"]
-    assert "does not show what n2 wrote" in said and "does not show what n1, n3 wrote" in said
+    assert [line.split()[2].rstrip(":") for line in errors(output)] == ["n1", "n2", "n3"]
+    assert "does not show what n2 wrote" in output and "does not show what n1, n3 wrote" in output
 
 
 def test_wrong_sums(config: RunConfig) -> None:
@@ -146,8 +146,8 @@ def test_wrong_sums(config: RunConfig) -> None:
         if rank == 2:
             torch.distributed.all_reduce = wrong
 
-    codes, said = play(config, spoil=spoil)
-    (line,) = errors(said)
+    codes, output = play(config, spoil=spoil)
+    (line,) = errors(output)
     assert codes == {2} and line.startswith("error: node n2: network: the all-reduce gave 3 wrong sums. Fix: ")
 
 
@@ -156,8 +156,8 @@ def test_all_reduce_that_hangs(config: RunConfig) -> None:
         if rank == 1:
             torch.distributed.all_reduce = lambda tensor: time.sleep(60)
 
-    codes, said = play(config, 2, 1, seconds=10, spoil=spoil)
-    assert codes == {2} and "error: node n2: network: the all-reduce did not finish within" in said
+    codes, output = play(config, 2, 1, seconds=10, spoil=spoil)
+    assert codes == {2} and "error: node n2: network: the all-reduce did not finish within" in output
 
 
 def test_skewed_clock(config: RunConfig) -> None:
@@ -166,10 +166,10 @@ def test_skewed_clock(config: RunConfig) -> None:
         if rank == 1:
             network_checks.time.time = lambda: real() + 7.0
 
-    codes, said = play(config, 3, 1, spoil=spoil)
-    (line,) = errors(said)
+    codes, output = play(config, 3, 1, spoil=spoil)
+    (line,) = errors(output)
     assert codes == {2} and line.startswith("error: node n2: clock: it is +7.0 s off from the other nodes. Fix: ")
-    assert float(said.splitlines()[2].split()[-3]) == pytest.approx(7.0, abs=0.5)
+    assert float(output.splitlines()[2].split()[-3]) == pytest.approx(7.0, abs=0.5)
 
 
 def test_full_disk_and_missing_files(config: RunConfig) -> None:
@@ -179,8 +179,8 @@ def test_full_disk_and_missing_files(config: RunConfig) -> None:
         if rank == 1:
             config.data.tokenizer = "/nowhere"
 
-    codes, said = play(config, 2, 1, spoil=spoil)
-    first, second = errors(said)
+    codes, output = play(config, 2, 1, spoil=spoil)
+    first, second = errors(output)
     assert codes == {2} and first.startswith("error: node n1: disk: 0.00 GB free at ")
     assert second.startswith("error: node n2: files: data.tokenizer='/nowhere' does not exist. Fix: ")
 
@@ -269,5 +269,5 @@ def test_command(config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixtur
         (["pretrain", "--config-path=/nowhere", "--config-name=tiny"], "there is no folder /nowhere"),
     ):
         assert command.main(["--run-dir", *wrong]) == 2
-        said = capsys.readouterr()
-        assert said.out == "" and says in said.err and said.err.count("\n") == 1
+        captured = capsys.readouterr()
+        assert captured.out == "" and says in captured.err and captured.err.count("\n") == 1

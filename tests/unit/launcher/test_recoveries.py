@@ -28,9 +28,9 @@ SECOND = [
 
 def test_phases_follow_each_other() -> None:
     failed = [event(10.0, "death", 1), event(10.5, "exception", 1), event(11.0, "restart", 1)]
-    [found] = recoveries([*FIRST, *failed, *SECOND])
-    assert (found.attempt, found.way, found.total) == (2, "anew", 10.5)
-    assert str(found) == (
+    [recovery] = recoveries([*FIRST, *failed, *SECOND])
+    assert (recovery.attempt, recovery.way, recovery.total) == (2, "anew", 10.5)
+    assert str(recovery) == (
         "attempt 2, started anew: 10.5 s (ending the attempt 1.0 s, pause 1.0 s, ranks ready 5.0 s, restore 2.0 s, "
         "first step 1.5 s)"
     )
@@ -38,22 +38,22 @@ def test_phases_follow_each_other() -> None:
 
 def test_where_the_state_came_from_is_told() -> None:
     second = [{**row, "source": "memory"} if row["kind"] == "resume" else row for row in SECOND]
-    [found] = recoveries([*FIRST, event(11.0, "restart", 1), *second])
-    assert str(found).startswith("attempt 2, started anew, from memory: 9.5 s (")
+    [recovery] = recoveries([*FIRST, event(11.0, "restart", 1), *second])
+    assert str(recovery).startswith("attempt 2, started anew, from memory: 9.5 s (")
 
 
 def test_ranks_that_stayed_are_told() -> None:
     second = [{**row, "way": "standby", "stayed": 3} if "launcher" in row else row for row in SECOND]
-    [found] = recoveries([*FIRST, event(11.0, "restart", 1), *second])
-    assert found.stayed == 3
-    assert str(found).startswith("attempt 2, forked from the standby process except 3 that stayed: 9.5 s (")
+    [recovery] = recoveries([*FIRST, event(11.0, "restart", 1), *second])
+    assert recovery.stayed == 3
+    assert str(recovery).startswith("attempt 2, forked from the standby process except 3 that stayed: 9.5 s (")
 
 
 def test_what_is_missing_is_left_out() -> None:
     # Nothing told of the failure, and there was no checkpoint.
     without = [row for row in SECOND if row["kind"] != "resume"]
-    [found] = recoveries([*FIRST, event(11.0, "restart", 1), *without])
-    assert found.ending is None and found.restoring == 0.0 and found.total == 9.5
+    [recovery] = recoveries([*FIRST, event(11.0, "restart", 1), *without])
+    assert recovery.ending is None and recovery.restoring == 0.0 and recovery.total == 9.5
     # It failed again before its first step.
     [again] = recoveries([*FIRST, event(11.0, "restart", 1), SECOND[0], event(14.0, "death", 2)])
     assert again.total is None and again.joining is None

@@ -92,9 +92,9 @@ def test_a_person_finds_what_they_look_for(run_dir: Path) -> None:
     assert "step 6: mixed:image-00003, mixed:text-00011" in section(text, "Skipped steps")
     assert "step_00000008" in section(text, "Checkpoints") and "No space left" in section(text, "Checkpoints")
     assert "rank 1: slow in 1 log lines" in section(text, "Slow ranks")
-    told = section(text, "Time")
+    time_section = section(text, "Time")
     # Steps 1 to 8 at 5 s each out of 100 s; the later ones were lost.
-    assert "0.4000" in told and "productive seconds / wall seconds" in told
+    assert "0.4000" in time_section and "productive seconds / wall seconds" in time_section
     order = [line for line in section(text, "What happened").splitlines() if line.startswith("- ")]
     assert len(order) == len(events.read(run_dir)) and "(+1m40s)" in order[-1]
 
@@ -137,13 +137,13 @@ def test_every_ending_says_what_to_do(tmp_path: Path, code: Exit) -> None:
 
 
 def test_a_finished_run_counts_all_its_steps(run_dir: Path) -> None:
-    found = effective_time(run_dir, events.read(run_dir), complete=True, kept=8)
-    assert (found.wall, found.productive, found.steps) == (100.0, 50.0, 10)
+    goodput = effective_time(run_dir, events.read(run_dir), complete=True, kept=8)
+    assert (goodput.wall, goodput.productive, goodput.steps) == (100.0, 50.0, 10)
 
 
 def test_a_checkpoint_between_two_lines_of_the_log(run_dir: Path) -> None:
-    found = effective_time(run_dir, events.read(run_dir), complete=False, kept=5)
-    assert (found.productive, found.steps) == (25.0, 5)
+    goodput = effective_time(run_dir, events.read(run_dir), complete=False, kept=5)
+    assert (goodput.productive, goodput.steps) == (25.0, 5)
 
 
 def test_an_abort_is_not_before_the_exception_that_led_to_it(tmp_path: Path) -> None:

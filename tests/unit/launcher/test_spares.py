@@ -76,7 +76,7 @@ def test_a_spare_takes_the_place_of_a_lost_node(tmp_path: Path) -> None:
     all_ = Launchers(tmp_path)
     head, lost = all_.join(0), all_.join(1)
     spare = all_.join(-1)
-    place = all_.in_thread(spare.take_place)
+    taken_node = all_.in_thread(spare.take_place)
     first = all_.in_thread(lost.agree, all_.number)
     assert head.agree(all_.number) == first() == 1
     # The launcher of node 1 is gone during the attempt.
@@ -88,12 +88,12 @@ def test_a_spare_takes_the_place_of_a_lost_node(tmp_path: Path) -> None:
         time.sleep(0.05)
     # It reports no ending; the spare does so for it, and takes part in the next attempt.
     verdict = all_.in_thread(head.decide, CRASH, decide)
-    assert place() == 1
+    assert taken_node() == 1
     second = all_.in_thread(spare.agree, all_.number)
     assert verdict().pause == 0.0
     assert head.agree(all_.number) == second() == 2
-    said = [event["text"] for event in read(tmp_path) if event["kind"] == "death"]
-    assert said == [
+    deaths = [event["text"] for event in read(tmp_path) if event["kind"] == "death"]
+    assert deaths == [
         "node 1 has shown no sign of life for 8 s",
         "the launcher of node 1 was lost, and a spare takes its place",
     ]
@@ -111,9 +111,9 @@ def test_a_node_that_never_joins_is_replaced(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(spares, "_ABSENT", 1.5)
     all_ = Launchers(tmp_path)
     head, spare = all_.join(0), all_.join(-1)
-    place = all_.in_thread(spare.take_place)
+    taken_node = all_.in_thread(spare.take_place)
     first = all_.in_thread(head.agree, all_.number)
-    assert place() == 1
+    assert taken_node() == 1
     assert spare.agree(all_.number) == first() == 1
 
 
@@ -147,7 +147,7 @@ def test_without_a_spare_a_silent_node_is_waited_for(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["--spare"], "--spare needs --nnodes above 1"),
         (
@@ -156,8 +156,8 @@ def test_without_a_spare_a_silent_node_is_waited_for(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_wrong_options_are_refused(tmp_path: Path, words: list[str], said: str) -> None:
+def test_wrong_options_are_refused(tmp_path: Path, words: list[str], message: str) -> None:
     nodes = 2 if "--nnodes=2" in words else 1
     run = [f"exp_manager.explicit_log_dir={tmp_path}", f"trainer.num_nodes={nodes}"]
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=message):
         main([*words, "pretrain", "--config-name=pretrain_8b_image", *run])

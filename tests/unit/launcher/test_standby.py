@@ -57,7 +57,7 @@ def test_a_forked_process_finds_what_a_started_one_finds(standby: Standby, tmp_p
     settings: dict[str, Any] = {"stdin": subprocess.DEVNULL, "start_new_session": True, "text": True, "timeout": 60}
     done = subprocess.run(command, env={**environment(), **more}, capture_output=True, **settings)
     theirs = told(done.stdout)
-    drawn = [(found.pop("random"), found.pop("numpy")) for found in (mine, theirs)]
+    drawn = [(report.pop("random"), report.pop("numpy")) for report in (mine, theirs)]
     assert mine == theirs
     again = start(standby, tmp_path, "tell")
     again.wait(30)
@@ -134,15 +134,15 @@ def test_it_ends_with_its_launcher(tmp_path: Path) -> None:
 
 
 def test_with_a_second_thread_there_is_none(capfd: pytest.CaptureFixture[str]) -> None:
-    said: list[str] = []
-    standby = Standby(environment(), ["with_a_thread"], said.append)
+    messages: list[str] = []
+    standby = Standby(environment(), ["with_a_thread"], messages.append)
     try:
         for _ in range(2):
             assert not standby.wait(lambda: None, 60.0)
             # It would be the same again, so the next attempt does not wait for another one.
             standby.begin()
         assert capfd.readouterr().err == "no standby process: it has 2 threads. The ranks are started anew.\n"
-        assert said == []
+        assert messages == []
     finally:
         standby.close()
 
@@ -162,8 +162,8 @@ def test_with_a_thread_since_it_declines(tmp_path: Path, capfd: pytest.CaptureFi
 
 
 def test_one_that_fails_is_reported(tmp_path: Path) -> None:
-    said: list[str] = []
-    standby = Standby({**environment(), "PYTHONHOME": str(tmp_path)}, [], said.append)
+    messages: list[str] = []
+    standby = Standby({**environment(), "PYTHONHOME": str(tmp_path)}, [], messages.append)
     assert not standby.wait(lambda: None, 60.0)
-    assert said == ["the standby process ended with exit code 1: starting the ranks anew"]
+    assert messages == ["the standby process ended with exit code 1: starting the ranks anew"]
     standby.close()

@@ -84,8 +84,8 @@ def test_a_rank_that_is_invited_takes_part_in_the_next_attempt(
     assert socket_for({survival.ENVIRONMENT: str(standby.folder), "RANK": "4"}) is None
     again = begin(standby, waiting, tmp_path / "again", "7", NEW="a new variable")
     assert again.pid == first.pid and again.wait(30) == 7
-    told = f"again {first.pid} {RANK} ['7'] {os.getcwd()} a new variable\n"
-    assert (tmp_path / "again" / "out").read_text() == told
+    expected_output = f"again {first.pid} {RANK} ['7'] {os.getcwd()} a new variable\n"
+    assert (tmp_path / "again" / "out").read_text() == expected_output
     assert (tmp_path / "again" / "err").read_text() == "left the job\n"
     # Its end is noted for the new attempt only, and it has left no socket.
     assert not list((tmp_path / "first").glob("exit_*")) and not survivors.waiting()

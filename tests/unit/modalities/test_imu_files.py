@@ -31,8 +31,8 @@ def heard(data: bytes, extension: str = "csv", **attributes: Any) -> np.ndarray:
     return imu().load(data, extension, attributes).numpy()[0].T[: len(VALUES)]
 
 
-def same(found: np.ndarray) -> None:
-    np.testing.assert_allclose(found, VALUES, rtol=1e-4, atol=1e-5)
+def same(signal: np.ndarray) -> None:
+    np.testing.assert_allclose(signal, VALUES, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -59,10 +59,10 @@ def test_columns_are_found_by_name_in_any_order(acc: str, gyr: str) -> None:
     axes = "XYZ" if upper else "xyz"
     names = [*(acc.format(axis) for axis in axes), *(gyr.format(axis) for axis in axes)]
     order = [3, 4, 5, 0, 1, 2]
-    same(heard(csv_of(VALUES[:, order], ",".join(names[place] for place in order)), rate=50))
+    same(heard(csv_of(VALUES[:, order], ",".join(names[column] for column in order)), rate=50))
     # Among other columns, which are ignored.
     more = np.column_stack([np.arange(60), VALUES[:, order], VALUES[:, :1]])
-    header = ",".join(["sample", *(names[place] for place in order), "temperature"])
+    header = ",".join(["sample", *(names[column] for column in order), "temperature"])
     same(heard(csv_of(more, header), rate=50))
 
 

@@ -49,10 +49,10 @@ def test_spectrograms_are_claps(padding: str, truncation: str) -> None:
             expected = extractor(
                 given, truncation=truncation, padding=padding, max_length=3 * RATE, sampling_rate=RATE
             )["input_features"][0]
-            found = log_mel(given)
-            assert found.dtype == np.float32 and found.shape == expected[0].shape
+            spectrogram = log_mel(given)
+            assert spectrogram.dtype == np.float32 and spectrogram.shape == expected[0].shape
             for channel in expected:
-                np.testing.assert_allclose(found, channel, rtol=0, atol=TOLERANCE, err_msg=f"{name}, {length}")
+                np.testing.assert_allclose(spectrogram, channel, rtol=0, atol=TOLERANCE, err_msg=f"{name}, {length}")
 
 
 @pytest.mark.parametrize(
@@ -71,8 +71,8 @@ def test_other_sizes(window: int, hop: int, rate: int, mels: int, low: int, high
     wave = waves()["sweep"][:rate]
     for truncation in ("fusion", "rand_trunc"):
         expected = extractor(wave, truncation=truncation, padding="pad", max_length=rate, sampling_rate=rate)
-        found = LogMel(extractor, truncation == "fusion", "pad", rate)(wave)
-        np.testing.assert_allclose(found, expected["input_features"][0][0], rtol=0, atol=TOLERANCE)
+        spectrogram = LogMel(extractor, truncation == "fusion", "pad", rate)(wave)
+        np.testing.assert_allclose(spectrogram, expected["input_features"][0][0], rtol=0, atol=TOLERANCE)
 
 
 def ideal(wave: np.ndarray, rate: int, target: int) -> np.ndarray:
@@ -105,8 +105,8 @@ def decibels(difference: np.ndarray, wave: np.ndarray) -> float:
 def test_resampling_against_an_infinitely_long_filter(rate: int, target: int) -> None:
     half = min(rate, target) / 2
     passed = band(rate, 0, 0.9 * half)
-    found = resample([passed.astype(np.float32)], rate, target)
-    assert decibels(found - ideal(passed, rate, target), passed) < -70
+    resampled = resample([passed.astype(np.float32)], rate, target)
+    assert decibels(resampled - ideal(passed, rate, target), passed) < -70
     if target < rate:
         removed = band(rate, 1.05 * half, min(1.9 * half, rate / 2))
         assert decibels(resample([removed.astype(np.float32)], rate, target), removed) < -130
@@ -114,9 +114,9 @@ def test_resampling_against_an_infinitely_long_filter(rate: int, target: int) ->
 
 def test_the_ends_of_a_recording_stay() -> None:
     wave = sine(0.01, 44100, 1000.0) + np.float32(0.25)
-    found = resample([wave], 44100, 48000)
-    assert len(found) == round(len(wave) * 48000 / 44100)
+    resampled = resample([wave], 44100, 48000)
+    assert len(resampled) == round(len(wave) * 48000 / 44100)
     # Outside a recording is silence; half a millisecond inside, the filter no longer sees it.
     inner = slice(24, -24)
-    np.testing.assert_allclose(found[inner], (sine(0.01, 48000, 1000.0) + np.float32(0.25))[inner], atol=0.02)
+    np.testing.assert_allclose(resampled[inner], (sine(0.01, 48000, 1000.0) + np.float32(0.25))[inner], atol=0.02)
     assert len(resample([wave[:1]], 44100, 48000)) == 1 and len(resample([], 44100, 48000)) == 0

@@ -99,8 +99,8 @@ def mutated(data: bytes, rng: np.random.Generator) -> bytes:
         del changed[start : start + rng.integers(1, 20)]
         return bytes(changed)
     within = min(len(data), 128) if way == 2 else len(data)
-    for place in rng.integers(within, size=rng.integers(1, 5)):
-        changed[place] = rng.integers(256)
+    for position in rng.integers(within, size=rng.integers(1, 5)):
+        changed[position] = rng.integers(256)
     return bytes(changed)
 
 

@@ -40,8 +40,8 @@ def test_photographs_are_at_most_two_levels_off(name: str, resample: int) -> Non
     for size in ((640, 427), (512, 384), (300, 200)):
         picture = photo(name).resize(size, Image.Resampling.LANCZOS)
         for side in (32, 224, 336, 448, 672, 900):
-            found = with_torch(np.asarray(picture), side, resample).astype(int)
-            off.append(np.abs(found - with_pillow(picture, side, resample)).ravel())
+            resized = with_torch(np.asarray(picture), side, resample).astype(int)
+            off.append(np.abs(resized - with_pillow(picture, side, resample)).ravel())
             assert (off[-1] > 0).mean() < 0.035 and off[-1].max() <= 2
     every = np.concatenate(off)
     assert (every > 0).mean() < 0.01 and (every > 1).mean() < 2e-5
@@ -118,8 +118,8 @@ def test_errors_and_limits_are_the_same() -> None:
     rng = np.random.default_rng(0)
     for number in range(40):
         data = bytearray(whole)
-        for place in rng.integers(2, len(data), 3):
-            data[place] = rng.integers(256)
+        for position in rng.integers(2, len(data), 3):
+            data[position] = rng.integers(256)
         wrong[f"damage {number}"] = bytes(data)
     refused = 0
     for name, data in wrong.items():
@@ -143,11 +143,11 @@ def test_errors_and_limits_are_the_same() -> None:
 
 def test_video_frames_are_at_most_two_levels_off() -> None:
     data = video_bytes(16, noise=np.random.default_rng(0))
-    found = []
+    clips = []
     for backend in ("pillow", "torch"):
         options = {"num_frames": 4, "clip_seconds": 1.0, "resize_backend": backend}
-        found.append(build_modality("video", section("clip", CLIP_SHAPE, **options)).decode(data, "mp4", {}, 2))
-    off = np.abs(found[0].astype(int) - found[1])
+        clips.append(build_modality("video", section("clip", CLIP_SHAPE, **options)).decode(data, "mp4", {}, 2))
+    off = np.abs(clips[0].astype(int) - clips[1])
     assert 0 < off.max() <= 2 and (off > 0).mean() < 0.035
 
 
@@ -164,12 +164,12 @@ def test_every_instruction_set_gives_the_same_bits(capability: str, tmp_path: Pa
         "        hash.update(with_torch(smooth.astype(np.uint8), side, resample).tobytes())\n"
         "print(hash.hexdigest())\n"
     )
-    found = []
+    digests = []
     for setting in ({}, {"ATEN_CPU_CAPABILITY": capability}):
         environment = {**os.environ, **setting}
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-        found.append(done.stdout)
-    assert found[0] == found[1]
+        digests.append(done.stdout)
+    assert digests[0] == digests[1]
 
 
 @pytest.mark.parametrize("size", [(336, 336), (640, 360), (33, 47)])
@@ -177,10 +177,10 @@ def test_channels_last_pixels_are_resized_as_planes_are(size: tuple[int, int]) -
     pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
     planes = torch.from_numpy(pixels).permute(2, 0, 1).contiguous()[None]
     expected = torch.nn.functional.interpolate(planes, size=(224, 224), mode="bicubic", antialias=True)
-    found = with_torch(pixels, 224, 3)
-    np.testing.assert_array_equal(found, expected[0].permute(1, 2, 0).numpy())
+    resized = with_torch(pixels, 224, 3)
+    np.testing.assert_array_equal(resized, expected[0].permute(1, 2, 0).numpy())
     # What follows would otherwise read it across the planes.
-    assert found.flags["C_CONTIGUOUS"]
+    assert resized.flags["C_CONTIGUOUS"]
 
 
 def test_impossible_backends() -> None:

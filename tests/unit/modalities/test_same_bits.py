@@ -101,8 +101,8 @@ class Signal(Modality):
 def test_any_type_becomes_float32_and_floats_are_checked(kind: str) -> None:
     values = np.array([1, 200, 3], dtype=kind)
     modality, attributes = Signal(section("identity")), {"bytes": values.itemsize, "type": kind}
-    found = modality.load_array(npy_bytes(values), "npy", attributes)
-    assert found.dtype == np.float32 and found.tolist() == [[1, 200, 3]]
+    array = modality.load_array(npy_bytes(values), "npy", attributes)
+    assert array.dtype == np.float32 and array.tolist() == [[1, 200, 3]]
     if kind[0] == "f":
         # 1e300 is finite as float64 but not as float32.
         for wrong in (np.nan, np.inf, 1e300):

@@ -128,8 +128,8 @@ def test_display_matrices_turn_and_mirror(linear: tuple[int, int, int, int], ori
     stored = Image.fromarray(quarters())
     stored.getexif()[0x0112] = orientation
     expected = np.asarray(ImageOps.exif_transpose(stored))[8::16, 8::16, 0]
-    found = (video().load(data, "mp4", {})[0, 0, 0] * 255).numpy()[4::8, 4::8]
-    np.testing.assert_allclose(found, expected, atol=6)
+    pixels = (video().load(data, "mp4", {})[0, 0, 0] * 255).numpy()[4::8, 4::8]
+    np.testing.assert_allclose(pixels, expected, atol=6)
 
 
 def test_other_turns_are_refused() -> None:
@@ -177,15 +177,15 @@ def test_a_header_that_states_too_little_loses_no_frames() -> None:
     assert length in (pytest.approx(3.7), pytest.approx(3.9))
     short = bytearray(whole)
     for box, at in (b"mvhd", 20), (b"mdhd", 20), (b"tkhd", 24):
-        place = whole.index(box) + at
-        stated = struct.unpack(">I", whole[place : place + 4])[0]
-        short[place : place + 4] = struct.pack(">I", round(stated * 1.3 / 3.7))
+        offset = whole.index(box) + at
+        stated = struct.unpack(">I", whole[offset : offset + 4])[0]
+        short[offset : offset + 4] = struct.pack(">I", round(stated * 1.3 / 3.7))
     with av.open(io.BytesIO(bytes(short))) as container:
         track = container.streams.video[0]
         assert float(track.duration * track.time_base) == pytest.approx(1.3, abs=0.01)
     assert video().probe(bytes(short), "mp4", {})[0] == length
     # Frame n is shown from 0.3 n s; frames are taken at 1/8, 3/8 ... of each second.
-    expected = [[int((second + place / 8) / 0.3) for place in (1, 3, 5, 7)] for second in range(3)]
+    expected = [[int((second + offset / 8) / 0.3) for offset in (1, 3, 5, 7)] for second in range(3)]
     assert frame_numbers(video().load(bytes(short), "mp4", {}))[:3] == expected
 
 
@@ -253,9 +253,9 @@ def test_a_cut_between_two_frames_is_found() -> None:
     data = video_bytes(40, movflags="faststart")
     with av.open(io.BytesIO(data)) as container:
         cut = [packet.pos for packet in container.demux(video=0) if packet.size]
-    for place in (30, 37, 39):
-        with pytest.raises(MediaError, match=rf"has {cut[place]} bytes of the {len(data)} .*: it is cut off"):
-            video().probe(data[: cut[place]], "mp4", {})
+    for frame in (30, 37, 39):
+        with pytest.raises(MediaError, match=rf"has {cut[frame]} bytes of the {len(data)} .*: it is cut off"):
+            video().probe(data[: cut[frame]], "mp4", {})
 
 
 @pytest.mark.parametrize("container", ["webm", "matroska"])
@@ -269,8 +269,8 @@ def test_damaged_frames_are_refused() -> None:
     rng = np.random.default_rng(0)
     data = bytearray(video_bytes(16, noise=rng))
     assert len(video().load(bytes(data), "mp4", {})) == 2
-    for place in rng.integers(len(data) // 10, len(data) * 8 // 10, size=40):
-        data[place] ^= 0x55
+    for position in rng.integers(len(data) // 10, len(data) * 8 // 10, size=40):
+        data[position] ^= 0x55
     with pytest.raises(MediaError, match=r"is damaged|cannot be decoded"):
         video().load(bytes(data), "mp4", {})
 

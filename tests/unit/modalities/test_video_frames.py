@@ -155,11 +155,11 @@ def test_every_frame_can_be_reached_alone_in_any_order(case: str, tmp_path: Path
             # The wanted frame and one that is half a GOP later, as far as there is one.
             numbers = [int(number), min(int(number) + 9, len(every) - 1)]
             times = np.array([every[n].time - begin + 0.01 for n in numbers])
-            found = {}
+            frames = {}
             for indexes, frame in video_frames.frames_at(table, times, RATE):
-                found.update(dict.fromkeys(indexes, frame))
+                frames.update(dict.fromkeys(indexes, frame))
             for index, wanted in enumerate(numbers):
-                np.testing.assert_array_equal(found[index].to_ndarray(), every[wanted].to_ndarray())
+                np.testing.assert_array_equal(frames[index].to_ndarray(), every[wanted].to_ndarray())
     assert watched.fallbacks == 0
 
 
@@ -192,10 +192,10 @@ def test_pictures_out_of_order_without_times_are_decoded_from_the_start(
     data = moving(tmp_path, "libx264", "avi", options=X264)
     for clips in (1, 2, 3):
         modality = video(max_clips=clips)
-        found = modality.decode(data, "avi", {}, clips)
+        frames = modality.decode(data, "avi", {}, clips)
         with monkeypatch.context() as patched:
             patched.setattr(video_frames, "_by_jumps", _never)
-            np.testing.assert_array_equal(found, modality.decode(data, "avi", {}, clips))
+            np.testing.assert_array_equal(frames, modality.decode(data, "avi", {}, clips))
     assert watched.fallbacks == 6
 
 
@@ -234,8 +234,8 @@ def test_a_damaged_frame_before_a_wanted_one_is_found(tmp_path: Path) -> None:
         packets = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
     # The wanted second is in the GOP of packets 140 to 159; its first frame is spoilt.
     position, size = packets[140]
-    for place in range(position + size // 4, position + size, 50):
-        data[place] ^= 0x55
+    for offset in range(position + size // 4, position + size, 50):
+        data[offset] ^= 0x55
     with pytest.raises(MediaError, match=r"is damaged|cannot be decoded"):
         modality.load(bytes(data), "mp4", {})
 

@@ -38,8 +38,8 @@ def masked(
 ) -> torch.Tensor:
     """[T, 1, heads * d]: SDPA with an explicit mask over all pairs of tokens."""
     document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-    place = torch.arange(len(document))
-    mask = (document[:, None] == document[None]) & (place[:, None] >= place[None])
+    positions = torch.arange(len(document))
+    mask = (document[:, None] == document[None]) & (positions[:, None] >= positions[None])
     query, key = turned(query, lengths), turned(key, lengths)
     repeat = query.size(2) // key.size(2)
     q, k, v = query, key.repeat_interleave(repeat, 2), value.repeat_interleave(repeat, 2)
@@ -82,7 +82,7 @@ def test_outputs_and_gradients(lengths: list[int], heads: int, groups: int, scal
 def test_positions_restart_with_each_document(lengths: list[int]) -> None:
     pack, thd = packed(lengths), packed(lengths, "transformer_engine")
     assert pack.rotation is not None and thd.rotation is not None and thd.cu_seqlens_q is not None
-    places = torch.tensor([place for length in lengths for place in range(length)], dtype=torch.float64)
+    places = torch.tensor([position for length in lengths for position in range(length)], dtype=torch.float64)
     for turn in (pack.rotation, thd.rotation):
         torch.testing.assert_close(turn.cos[:, 0, : HEAD // 2], torch.outer(places, INV_FREQ).cos())
     assert (pack.qkv_format, thd.qkv_format) == ("sbhd", "thd") and thd.kernel is None
@@ -97,7 +97,7 @@ def test_a_document_alone_gives_the_same_as_in_a_pack() -> None:
     together = module(query, key, value, None, packed_seq_params=packed(lengths))
     start = 0
     for length in lengths:
-        here = slice(start, start + length)
-        out = module(query[here], key[here], value[here], None, packed_seq_params=packed([length]))
-        torch.testing.assert_close(together[here], out)
+        span = slice(start, start + length)
+        out = module(query[span], key[span], value[span], None, packed_seq_params=packed([length]))
+        torch.testing.assert_close(together[span], out)
         start += length

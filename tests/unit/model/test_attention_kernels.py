@@ -44,8 +44,8 @@ def by_definition(
 ) -> Tensor:
     """[T, n, d]: softmax over the current and earlier tokens of the same document, and the prompt that it continues."""
     document = torch.repeat_interleave(torch.tensor(lengths))
-    place = torch.arange(len(document))
-    unseen = (document[:, None] != document) | (place[:, None] < place)
+    positions = torch.arange(len(document))
+    unseen = (document[:, None] != document) | (positions[:, None] < positions)
     for number, (first, length) in prompts.items():
         unseen[(document == number).nonzero(), torch.arange(first, first + length)] = False
     repeat = query.size(1) // key.size(1)

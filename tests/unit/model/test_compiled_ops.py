@@ -17,12 +17,12 @@ def norms(dtype: torch.dtype, trains: bool) -> tuple[list[Tensor], list[Tensor]]
     generator = torch.Generator().manual_seed(0)
     x, upstream = (torch.randn(7, 1, 24, generator=generator).to(dtype) for _ in range(2))
     weight = (1 + 0.1 * torch.randn(24, generator=generator)).to(dtype)
-    found = []
+    results = []
     for norm in (compiled_ops.rms_norm, lambda x, w, eps: F.rms_norm(x, (24,), w, eps)):
         given = [x.clone().requires_grad_(), weight.clone().requires_grad_(trains)]
         output = norm(*given, EPS)
-        found.append([output.detach(), *torch.autograd.grad(output, given[: 1 + trains], upstream)])
-    return found[0], found[1]
+        results.append([output.detach(), *torch.autograd.grad(output, given[: 1 + trains], upstream)])
+    return results[0], results[1]
 
 
 @pytest.mark.parametrize("trains", [False, True])
@@ -61,10 +61,10 @@ def test_rotary_is_torchs_bit_for_bit(dtype: torch.dtype) -> None:
     query, key = (torch.randn(9, heads, 8, generator=generator).to(dtype) for heads in (4, 2))
     angles = torch.randn(9, 1, 4, generator=generator).repeat(1, 1, 2)
     upstream = [torch.randn(x.shape, generator=generator).to(dtype) for x in (query, key)]
-    found = []
+    results = []
     for rotate in (compiled_ops.apply_rotary, compiled_ops._rotate_both):
         given = [x.clone().requires_grad_() for x in (query, key)]
         outputs = rotate(*given, angles.cos(), angles.sin())
-        found.append([*outputs, *torch.autograd.grad(outputs, given, upstream)])
-    for mine, derived in zip(*found, strict=True):
+        results.append([*outputs, *torch.autograd.grad(outputs, given, upstream)])
+    for mine, derived in zip(*results, strict=True):
         assert torch.equal(mine, derived)

@@ -16,8 +16,8 @@ def test_soft_tokens_go_to_their_places() -> None:
     text, image, sound = leaf(7, 1, 3), leaf(3, 3), leaf(1, 3)
     merged = merge(text, [image, sound], [torch.tensor([4, 1, 5]), torch.tensor([2])])
     expected = text.detach().clone()
-    for place, row in zip((4, 1, 5, 2), [*image.detach(), *sound.detach()]):
-        expected[place, 0] = row
+    for position, row in zip((4, 1, 5, 2), [*image.detach(), *sound.detach()]):
+        expected[position, 0] = row
     torch.testing.assert_close(merged.detach(), expected)
     direction = torch.randn(7, 1, 3)
     merged.backward(direction)

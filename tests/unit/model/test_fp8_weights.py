@@ -63,14 +63,14 @@ class Quantized(nn.Parameter):
 
 def quantize_layers(model: Any) -> list[Quantized]:
     """Replace the layers' matrices by stand-ins."""
-    found = []
+    weights = []
     for module in model.language_model.decoder.layers.modules():
         if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
             weight = Quantized(module.weight.data.clone(), requires_grad=False)
             weight.__dict__.update(vars(module.weight))
             module.weight = weight
-            found.append(weight)
-    return found
+            weights.append(weight)
+    return weights
 
 
 @pytest.fixture
@@ -86,15 +86,15 @@ def compare_hashes(config: RunConfig, tp: int) -> list[str]:
     state = build(config, initialize(config))
     whole: Any = [gather_weights(state.models)]
     torch.distributed.broadcast_object_list(whole)
-    found = [hash_weights(state.models, "language_model.")]
+    hashes = [hash_weights(state.models, "language_model.")]
     quantized = quantize_layers(state.models[0])
     load_weights(state.models, whole[0])
-    found.append(hash_weights(state.models, "language_model."))
+    hashes.append(hash_weights(state.models, "language_model."))
     held = {weight.name: weight.gather() for weight in list_weights(state.models[0])}
     rounded = [name for name, tensor in whole[0].items() if not torch.equal(held[name], tensor)]
     assert len(quantized) == len(rounded) == 16
     quantized[5].data[3, 1] += 0.5
-    return [*found, hash_weights(state.models, "language_model.")]
+    return [*hashes, hash_weights(state.models, "language_model.")]
 
 
 @pytest.mark.parametrize("tp", [1, 2])
@@ -146,8 +146,8 @@ def test_a_base_read_weight_by_weight(config: RunConfig, tp: int) -> None:
     # Not a multiple of two, so the padding rows differ between layouts.
     config.model.language_model.config["vocab_size"] = 33
     trained = run_ranks(1, train, copy.deepcopy(config))[0]["weights"]
-    found = run_ranks(tp, read_back, config, Path(config.exp_manager.explicit_log_dir), tp)[0]
-    assert found and all((trained[name] == weight).all() for name, weight in found.items())
+    weights = run_ranks(tp, read_back, config, Path(config.exp_manager.explicit_log_dir), tp)[0]
+    assert weights and all((trained[name] == weight).all() for name, weight in weights.items())
 
 
 def scaled(linear: Any) -> None:

@@ -130,13 +130,13 @@ def bytes_by_hand(trainable: Sequence[int], frozen: int, layout: str, precision:
     """
     processes, tp, distributed = LAYOUTS[layout]
     replicas, size = processes // tp, 4 if precision == "32" else 2
-    place, own = 0, 0
+    offset, own = 0, 0
     buffer = rounded(sum(rounded(n, 64) for n in trainable), math.lcm(128, replicas)) if distributed else sum(trainable)
     for number in trainable:
         # Each replica updates an equal slice of the buffer: of every weight, the elements inside that slice.
         first, last = rank // tp * buffer // replicas, (rank // tp + 1) * buffer // replicas
-        own += max(0, min(place + number, last) - max(place, first))
-        place += rounded(number, 64) if distributed else number
+        own += max(0, min(offset + number, last) - max(offset, first))
+        offset += rounded(number, 64) if distributed else number
     return {
         "weights": size * (frozen + buffer),
         "frozen weights": size * frozen,
@@ -153,14 +153,14 @@ def test_bytes_of_a_rank(config: RunConfig, layout: str) -> None:
     cases = [(trains, precision) for trains in TRAINABLE for precision in ("32", "bf16")]
     by_hand = sizes_by_hand(tp)
     for rank, results in enumerate(run_ranks(processes, after_steps, config, layout, cases)):
-        for (trains, precision), found in zip(cases, results, strict=True):
+        for (trains, precision), sizes in zip(cases, results, strict=True):
             where = f"{trains}, {precision}, rank {rank}"
-            assert found.pop("parts") == by_hand, where
-            trainable = found.pop("trainable")
+            assert sizes.pop("parts") == by_hand, where
+            trainable = sizes.pop("trainable")
             assert sum(trainable) == sum(by_hand[part] for part in TRAINABLE[trains]), where
-            assert found.pop("frozen with a gradient") == [], where
+            assert sizes.pop("frozen with a gradient") == [], where
             frozen = sum(by_hand.values()) - sum(trainable)
-            assert found == bytes_by_hand(trainable, frozen, layout, precision, rank), where
+            assert sizes == bytes_by_hand(trainable, frozen, layout, precision, rank), where
 
 
 @dataclass(frozen=True)
@@ -260,19 +260,19 @@ LAYER_CASES = [
 def test_a_layer_keeps_what_its_input_gradient_needs(config: RunConfig, tp: int) -> None:
     cases = [case for case in LAYER_CASES if case.tp == tp]
     for rank in run_ranks(tp, run_layers, config, cases):
-        for case, found in zip(cases, rank, strict=True):
-            assert found["linears"] == 4, case
-            assert found["bytes"] == 4 * sum(layer_by_hand(case).values()), case
+        for case, measurement in zip(cases, rank, strict=True):
+            assert measurement["linears"] == 4, case
+            assert measurement["bytes"] == 4 * sum(layer_by_hand(case).values()), case
             # Two operations per weight and token for the output, for the input gradient, and if trainable for the
             # weight gradient.
             weights = (2 * HEADS * D + 2 * GROUPS * D + 3 * FFN) * H // tp
-            assert found["products"] == 2 * weights * sum(case.documents) * (2 if case.frozen else 3), case
-            assert found["keep their input"] == (set() if case.frozen else {"qkv", "proj", "fc1", "fc2"}), case
+            assert measurement["products"] == 2 * weights * sum(case.documents) * (2 if case.frozen else 3), case
+            assert measurement["keep their input"] == (set() if case.frozen else {"qkv", "proj", "fc1", "fc2"}), case
 
 
 def soft_token_bytes(config: RunConfig, depths: Sequence[int], freeze: bool) -> list[int]:
     """Bytes kept by encoding and projecting seven pictures, per encoder depth."""
-    found = []
+    sizes = []
     for depth in depths:
         image = config.model.modalities["image"]
         image.encoder.config["num_hidden_layers"], image.encoder.freeze = depth, freeze
@@ -289,8 +289,8 @@ def soft_token_bytes(config: RunConfig, depths: Sequence[int], freeze: bool) -> 
         )
         kept, soft = saved_for_backward(partial(model.soft_tokens, micro_batch), model.parameters())
         assert soft["image"].shape == (14, H) and soft["image"].requires_grad
-        found.append(sum(kept.values()))
-    return found
+        sizes.append(sum(kept.values()))
+    return sizes
 
 
 def test_a_frozen_encoder_keeps_nothing(config: RunConfig) -> None:

@@ -32,7 +32,7 @@ def test_gains_are_the_root_mean_square_of_the_embeddings(
     config = make_config(mixed_shards, tokenizer_folder, tmp_path / "run")
     config.model.language_model.config["vocab_size"] = 33
     config.model.tensor_model_parallel_size = config.trainer.devices = tensor
-    found = run_ranks(tensor, gains_and_scale, config)
-    scale = found[0][1]
-    for gains, _ in found:
+    results = run_ranks(tensor, gains_and_scale, config)
+    scale = results[0][1]
+    for gains, _ in results:
         assert gains == pytest.approx([scale] * 3, rel=1e-6)

@@ -45,13 +45,13 @@ def logits(model: AnyMALModel) -> tuple[list[np.ndarray], list[np.ndarray]]:
                 documents[row] = documents[row] + token
         # Sequence parallelism needs an even length.
         padding = [[0]] if sum(map(len, new)) % 2 else []
-        found = model(MicroBatch.unlabelled([*new, *padding], {}), soft={}, cache=cache)
-        cached.append(gather_from_tensor_model_parallel_region(found)[0, :, :VOCABULARY].numpy())
+        local_logits = model(MicroBatch.unlabelled([*new, *padding], {}), soft={}, cache=cache)
+        cached.append(gather_from_tensor_model_parallel_region(local_logits)[0, :, :VOCABULARY].numpy())
         all_tokens = [documents[row] for row in left]
         padding = [[0]] if sum(map(len, all_tokens)) % 2 else []
-        found = model(MicroBatch.unlabelled([*all_tokens, *padding], {}), soft={})
+        local_logits = model(MicroBatch.unlabelled([*all_tokens, *padding], {}), soft={})
         last = torch.tensor([len(tokens) for tokens in all_tokens]).cumsum(0) - 1
-        whole.append(gather_from_tensor_model_parallel_region(found)[0, last, :VOCABULARY].numpy())
+        whole.append(gather_from_tensor_model_parallel_region(local_logits)[0, last, :VOCABULARY].numpy())
     return cached, whole
 
 

@@ -62,7 +62,7 @@ LAYOUTS = {"tp1": (1, 1), "tp2": (2, 1), "pp2": (1, 2)}
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Folders of saved transformers models, one of them sharded into several files."""
-    found = {}
+    paths = {}
     for number, (name, changes) in enumerate(CASES.items()):
         torch.manual_seed(number)
         model = LlamaForCausalLM(LlamaConfig(**{**BASE, **changes}))
@@ -73,9 +73,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
                     weight.uniform_(0.5, 1.5)
         folder = tmp_path_factory.mktemp("llama") / name
         model.save_pretrained(folder, max_shard_size="50KB" if name == "gqa" else "5GB")
-        found[name] = str(folder)
-    assert len(list(Path(found["gqa"]).glob("*.safetensors"))) > 1
-    return found
+        paths[name] = str(folder)
+    assert len(list(Path(paths["gqa"]).glob("*.safetensors"))) > 1
+    return paths
 
 
 def tokens_of(vocab_size: int) -> torch.Tensor:
@@ -85,7 +85,7 @@ def tokens_of(vocab_size: int) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def theirs(folders: dict[str, str]) -> dict[str, tuple[np.ndarray, list[float]]]:
     """transformers' logits of each document on its own, concatenated, and the mean loss of each document."""
-    found = {}
+    outputs = {}
     for name, folder in folders.items():
         model = LlamaForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
         logits, losses = [], []
@@ -94,8 +94,8 @@ def theirs(folders: dict[str, str]) -> dict[str, tuple[np.ndarray, list[float]]]
                 out = model(document[None], labels=document[None] if len(document) > 1 else None)
             logits.append(out.logits[0].numpy())
             losses.append(float(out.loss) if len(document) > 1 else 0.0)
-        found[name] = np.concatenate(logits), losses
-    return found
+        outputs[name] = np.concatenate(logits), losses
+    return outputs
 
 
 def config_of(folder: str, tp: int, pp: int) -> RunConfig:
@@ -139,7 +139,7 @@ def run(model: AnyMALModel, tokens: torch.Tensor, labels: torch.Tensor | None) -
 
 def answers(folders: dict[str, str], layouts: list[str]) -> dict[tuple[str, str], tuple[np.ndarray, np.ndarray]]:
     """(case, layout) -> logits [T, V] and losses [T] of the packed documents, from a rank of the last stage."""
-    found = {}
+    outputs = {}
     for layout in layouts:
         tp, pp = LAYOUTS[layout]
         for name, folder in folders.items():
@@ -152,8 +152,8 @@ def answers(folders: dict[str, str], layouts: list[str]) -> dict[tuple[str, str]
             if model.post_process:
                 parts = [torch.empty_like(local) for _ in range(tp)]
                 dist.all_gather(parts, local.contiguous(), group=parallel_state.get_tensor_model_parallel_group())
-                found[name, layout] = torch.cat(parts, -1)[0].numpy(), losses[0].numpy()
-    return found
+                outputs[name, layout] = torch.cat(parts, -1)[0].numpy(), losses[0].numpy()
+    return outputs
 
 
 @pytest.fixture(scope="module")
@@ -233,22 +233,22 @@ def test_folders_that_cannot_be_used(folders: dict[str, str], tmp_path: Path) ->
     wanted["biases"] = ["biases"]
     change(copy("yarn"), rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0})
     wanted["yarn"] = ["'yarn'"]
-    found = run_ranks(1, messages, [tmp_path / name for name in wanted])[0]
-    for (name, words), said in zip(wanted.items(), found):
-        assert "model.language_model" in said or "The Llama's" in said, (name, said)
+    errors = run_ranks(1, messages, [tmp_path / name for name in wanted])[0]
+    for (name, words), error in zip(wanted.items(), errors):
+        assert "model.language_model" in error or "The Llama's" in error, (name, error)
         for word in words:
-            assert word in said, (name, said)
+            assert word in error, (name, error)
 
 
 def test_unknown_keys_and_sizes_that_do_not_divide(folders: dict[str, str]) -> None:
     with pytest.raises(ConfigError, match="hiden_size"):
         read_llama_config(LanguageModelConfig(config={"hiden_size": 3}))
-    for said in run_ranks(2, message, Path(folders["mqa"]), 2):
-        assert "num_key_value_heads=1" in said and "tensor_model_parallel_size=2" in said
+    for error in run_ranks(2, message, Path(folders["mqa"]), 2):
+        assert "num_key_value_heads=1" in error and "tensor_model_parallel_size=2" in error
 
 
 @pytest.mark.parametrize(
-    ("layers", "stages", "first", "last", "found"),
+    ("layers", "stages", "first", "last", "expected"),
     [
         (8, 1, 0, 0, [8]),
         (8, 4, 0, 0, [2, 2, 2, 2]),
@@ -258,8 +258,8 @@ def test_unknown_keys_and_sizes_that_do_not_divide(folders: dict[str, str]) -> N
         (80, 4, 18, 20, [18, 21, 21, 20]),
     ],
 )
-def test_layers_of_pipeline_stages(layers: int, stages: int, first: int, last: int, found: list[int]) -> None:
-    assert layers_of_stages(staged(stages, first, last).model, LlamaConfig(num_hidden_layers=layers)) == found
+def test_layers_of_pipeline_stages(layers: int, stages: int, first: int, last: int, expected: list[int]) -> None:
+    assert layers_of_stages(staged(stages, first, last).model, LlamaConfig(num_hidden_layers=layers)) == expected
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ def run(case: tuple[int, bool, bool, bool], tp: int) -> list[Any]:
     weight.requires_grad_(trains)
     own = slice(rank * T // tp, (rank + 1) * T // tp) if sp else slice(None)
     labels = (torch.arange(T) * 7 % vocabulary)[None]
-    found = []
+    results = []
     for places in WHERE.values():
         for lm_head.CHUNK_ELEMENTS in (1 << 26, 80):
             weight.grad = None
@@ -88,8 +88,8 @@ def run(case: tuple[int, bool, bool, bool], tp: int) -> list[Any]:
             dist.all_gather(gathered, of_weight)
             assert hidden.grad is not None
             arrays = losses[0].detach(), hidden.grad[:, 0], torch.cat(gathered)
-            found.append((case, places, own, *(array.numpy() for array in arrays)))
-    return found
+            results.append((case, places, own, *(array.numpy() for array in arrays)))
+    return results
 
 
 def run_all(tp: int) -> list[Any]:

@@ -72,9 +72,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
         for name, weight in model.named_parameters():
             if "norm" in name:
                 weight.uniform_(0.5, 1.5)
-    found = tmp_path_factory.mktemp("llama")
-    model.save_pretrained(found)
-    return str(found)
+    path = tmp_path_factory.mktemp("llama")
+    model.save_pretrained(path)
+    return str(path)
 
 
 def drawn(name: str, shape: tuple[int, ...], std: float = 0.2) -> Tensor:
@@ -83,8 +83,8 @@ def drawn(name: str, shape: tuple[int, ...], std: float = 0.2) -> Tensor:
     return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) * std
 
 
-def tokens_of(place: int, length: int) -> Tensor:
-    return torch.randint(0, 40, (length,), generator=torch.Generator().manual_seed(place))
+def tokens_of(sample_id: int, length: int) -> Tensor:
+    return torch.randint(0, 40, (length,), generator=torch.Generator().manual_seed(sample_id))
 
 
 def angles(positions: Tensor) -> Tensor:
@@ -93,9 +93,9 @@ def angles(positions: Tensor) -> Tensor:
     return torch.cat([half, half], dim=-1)
 
 
-def probe_of(place: int, length: int) -> Tensor:
+def probe_of(sample_id: int, length: int) -> Tensor:
     """Weights of a document's logits in its loss."""
-    return drawn(f"probe {place}", (length, 40), 1.0)
+    return drawn(f"probe {sample_id}", (length, 40), 1.0)
 
 
 # ---------------------------------------------------------------------------------------------------- peft
@@ -109,7 +109,7 @@ def scramble(state: np.ndarray) -> np.ndarray:
     return state ^ (state >> np.uint64(31))
 
 
-def kept(name: str, place: int, length: int, channels: int, step: int = STEP) -> np.ndarray:
+def kept(name: str, sample_id: int, length: int, channels: int, step: int = STEP) -> np.ndarray:
     """[length, channels]: 1 where dropout keeps a projection's input, in numpy from the definition."""
     state = 0x9E3779B97F4A7C15
     for number in (SEED, step):
@@ -117,7 +117,7 @@ def kept(name: str, place: int, length: int, channels: int, step: int = STEP) ->
         state = int(scramble(np.array([state], np.uint64))[0])
     stream = np.uint64(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little"))
     with np.errstate(over="ignore"):
-        sample = scramble(np.array([place], np.uint64) + np.uint64(state))
+        sample = scramble(np.array([sample_id], np.uint64) + np.uint64(state))
         token = scramble(scramble(sample + np.arange(length, dtype=np.uint64)) ^ stream)
         fours = np.arange(-(-channels // 4), dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
         numbers = scramble(token[:, None] + fours)
@@ -170,13 +170,13 @@ def peft_answer(folder: str, targets: Any, dropout: bool = False) -> dict[str, A
     model = peft_model(folder, targets, dropout)
     logits: dict[int, np.ndarray] = {}
     for batch in BATCHES:
-        for place, length in batch.items():
+        for sample_id, length in batch.items():
             for module in model.modules():
                 if isinstance(module, Masked):
-                    module.place = place
-            out = model(tokens_of(place, length)[None]).logits[0]
-            (out * probe_of(place, length)).sum().backward()
-            logits[place] = out.detach().numpy()
+                    module.place = sample_id
+            out = model(tokens_of(sample_id, length)[None]).logits[0]
+            (out * probe_of(sample_id, length)).sum().backward()
+            logits[sample_id] = out.detach().numpy()
     gradients = {hf_name(n): p.grad.numpy() for n, p in model.named_parameters() if p.requires_grad}
     merged = {n: w.detach() for n, w in model.merge_and_unload().state_dict().items()}
     return {"logits": logits, "gradients": gradients, "merged": merged}
@@ -239,7 +239,7 @@ def short(name: str) -> str:
 
 def logits_of(model: Any, documents: Mapping[int, int]) -> Tensor:
     """Logits [T, V / tensor-parallel size] of a pack of documents."""
-    tokens = torch.cat([tokens_of(place, length) for place, length in documents.items()])[None]
+    tokens = torch.cat([tokens_of(sample_id, length) for sample_id, length in documents.items()])[None]
     zeros = torch.zeros_like(tokens)
     plan = PlannedMicroBatch(STEP, tokens.size(1), ())
     return model(MicroBatch(plan, tuple(documents.values()), tokens, zeros, zeros.float(), zeros, {}, {}))[0]
@@ -247,7 +247,7 @@ def logits_of(model: Any, documents: Mapping[int, int]) -> Tensor:
 
 def name_tokens(dropout: LoraDropout | None, documents: Mapping[int, int]) -> None:
     if dropout is not None:
-        places = torch.cat([torch.full((length,), place) for place, length in documents.items()])
+        places = torch.cat([torch.full((length,), sample_id) for sample_id, length in documents.items()])
         positions = torch.cat([torch.arange(length) for length in documents.values()])
         dropout.set_tokens(SEED, STEP, places, positions)
 
@@ -262,7 +262,7 @@ def learn(model: AnyMALModel, dropout: LoraDropout | None) -> dict[str, Any]:
     for batch in BATCHES:
         name_tokens(dropout, batch)
         local = logits_of(wrapped, batch)
-        probe = torch.cat([probe_of(place, length) for place, length in batch.items()])
+        probe = torch.cat([probe_of(sample_id, length) for sample_id, length in batch.items()])
         losses.append((local * probe.chunk(ranks, dim=1)[rank]).sum())
         whole = gathered(local.detach())
         logits.update(zip(batch, (part.numpy() for part in whole.split(list(batch.values())))))
@@ -287,16 +287,18 @@ def answer(folder: str, layout: str, lora: LoraConfig, recompute: tuple[str, ...
     if layout.endswith("fused"):
         fuse_norms(model)
     dropout = adapted(model, lora)
-    found = learn(model, dropout)
+    results = learn(model, dropout)
     model.eval()
     with torch.no_grad():
-        found["merged"] = {name: weight.numpy() for name, weight in merged_weights([model])}
-        found["one"] = [name for name, _ in merged_weights([model], "language_model.decoder.layers.1.mlp.linear_fc1.w")]
+        results["merged"] = {name: weight.numpy() for name, weight in merged_weights([model])}
+        results["one"] = [
+            name for name, _ in merged_weights([model], "language_model.decoder.layers.1.mlp.linear_fc1.w")
+        ]
         evaluated = gathered(logits_of(model, BATCHES[0]))
         merge_lora([model])
-        found["after"] = {weight.name: weight.gather().numpy() for weight in list_weights(model)}
-        found["difference"] = float((gathered(logits_of(model, BATCHES[0])) - evaluated).abs().max())
-    return found
+        results["after"] = {weight.name: weight.gather().numpy() for weight in list_weights(model)}
+        results["difference"] = float((gathered(logits_of(model, BATCHES[0])) - evaluated).abs().max())
+    return results
 
 
 RECOMPUTE = {"full": ("full",), "mlp": ("selective", "mlp")}
@@ -304,16 +306,16 @@ RECOMPUTE = {"full": ("full",), "mlp": ("selective", "mlp")}
 
 def answers(folder: str, layouts: list[str]) -> dict[tuple[str, str], dict[str, Any]]:
     """(layout, case) -> results of the model."""
-    found = {}
+    results = {}
     for layout in layouts:
         for case, (targets, _) in TARGETS.items():
-            found[layout, case] = answer(folder, layout, LoraConfig(R, ALPHA, 0.0, targets))
+            results[layout, case] = answer(folder, layout, LoraConfig(R, ALPHA, 0.0, targets))
         dropping = LoraConfig(R, ALPHA, SHARE)
-        found[layout, "dropout"] = answer(folder, layout, dropping)
+        results[layout, "dropout"] = answer(folder, layout, dropping)
         if "fused" not in layout:
             for case, recompute in RECOMPUTE.items():
-                found[layout, case] = answer(folder, layout, dropping, recompute)
-    return found
+                results[layout, case] = answer(folder, layout, dropping, recompute)
+    return results
 
 
 @pytest.fixture(scope="module")
@@ -326,23 +328,23 @@ def ours(folder: str) -> dict[tuple[str, str], dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def theirs(folder: str) -> dict[str, dict[str, Any]]:
-    found = {case: peft_answer(folder, targets) for case, (_, targets) in TARGETS.items()}
-    return {**found, "dropout": peft_answer(folder, TARGETS["all"][1], dropout=True)}
+    results = {case: peft_answer(folder, targets) for case, (_, targets) in TARGETS.items()}
+    return {**results, "dropout": peft_answer(folder, TARGETS["all"][1], dropout=True)}
 
 
-def assert_same(found: Mapping[Any, Any], expected: Mapping[Any, Any]) -> None:
-    assert found.keys() == expected.keys()
+def assert_same(actual: Mapping[Any, Any], expected: Mapping[Any, Any]) -> None:
+    assert actual.keys() == expected.keys()
     for name, value in expected.items():
-        np.testing.assert_allclose(found[name], value, rtol=1e-9, atol=1e-9 * np.abs(value).max(), err_msg=str(name))
+        np.testing.assert_allclose(actual[name], value, rtol=1e-9, atol=1e-9 * np.abs(value).max(), err_msg=str(name))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("case", [*TARGETS, "dropout"])
 def test_logits_and_gradients_equal_pefts(layout: str, case: str, ours: Any, theirs: Any) -> None:
-    found, expected = ours[layout, case], theirs[case]
-    assert_same(found["logits"], expected["logits"])
-    assert_same(found["gradients"], expected["gradients"])
-    assert min(np.abs(g).max() for g in found["gradients"].values()) > 0.01
+    actual, expected = ours[layout, case], theirs[case]
+    assert_same(actual["logits"], expected["logits"])
+    assert_same(actual["gradients"], expected["gradients"])
+    assert min(np.abs(g).max() for g in actual["gradients"].values()) > 0.01
 
 
 def test_the_cases_differ(theirs: Any) -> None:
@@ -360,15 +362,15 @@ def test_recomputed_layers_drop_the_same_again(layout: str, case: str, ours: Any
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("case", TARGETS)
 def test_merged_weights_equal_pefts(layout: str, case: str, ours: Any, theirs: Any) -> None:
-    found, hf = ours[layout, case], LlamaConfig(**LLAMA)
+    results, hf = ours[layout, case], LlamaConfig(**LLAMA)
     assert_same(
-        found["merged"], {name: from_hf(name, hf, theirs[case]["merged"].__getitem__) for name in found["merged"]}
+        results["merged"], {name: from_hf(name, hf, theirs[case]["merged"].__getitem__) for name in results["merged"]}
     )
-    assert len(found["merged"]) == 3 + 2 * 6
-    assert found["one"] == ["language_model.decoder.layers.1.mlp.linear_fc1.weight"]
+    assert len(results["merged"]) == 3 + 2 * 6
+    assert results["one"] == ["language_model.decoder.layers.1.mlp.linear_fc1.weight"]
     # Merged in place: the same weights, no adapters, the same logits.
-    assert_same(found["after"], found["merged"])
-    assert found["difference"] < 1e-10
+    assert_same(results["after"], results["merged"])
+    assert results["difference"] < 1e-10
 
 
 # ------------------------------------------------------------------------------------------ initial values
@@ -377,7 +379,7 @@ def test_merged_weights_equal_pefts(layout: str, case: str, ours: Any, theirs: A
 def beginnings(folder: str, layouts: dict[str, tuple[int, int]]) -> dict[str, Any]:
     """Per (tp, pp) layout: initial weights, frozen and trainable names, and the difference from the base model's
     logits."""
-    found = {}
+    results = {}
     for name, (tp, pp) in layouts.items():
         model = built(folder, tp, False, pp)
         before = gather_weights([model])
@@ -396,8 +398,8 @@ def beginnings(folder: str, layouts: dict[str, tuple[int, int]]) -> dict[str, An
         if before is not None and after is not None:
             seen["base"] = all(torch.equal(after[n], w) for n, w in before.items())
             seen["adapters"] = {n: w.numpy() for n, w in after.items() if n not in before}
-        found[name] = seen
-    return found
+        results[name] = seen
+    return results
 
 
 @pytest.fixture(scope="module")
@@ -427,12 +429,12 @@ def test_first_values_are_distributed_as_pefts(begun: Any, folder: str) -> None:
         LlamaForCausalLM.from_pretrained(folder), peft.LoraConfig(r=R, target_modules=TARGETS["all"][1])
     )
     theirs = {hf_name(n): w.detach().numpy() for n, w in model.named_parameters() if "lora_" in n}
-    found = {short(name): value for name, value in adapters.items()}
-    assert {n: v.shape for n, v in found.items()} == {n: v.shape for n, v in theirs.items()}
+    initial_values = {short(name): value for name, value in adapters.items()}
+    assert {n: v.shape for n, v in initial_values.items()} == {n: v.shape for n, v in theirs.items()}
     for name, value in theirs.items():
         if name.endswith(".A"):
             bound = value.shape[1] ** -0.5
-            for drawn_values in (value, found[name]):
+            for drawn_values in (value, initial_values[name]):
                 assert 0.95 * bound < np.abs(drawn_values).max() <= bound
                 assert abs(drawn_values.std() / bound - 3**-0.5) < 0.08
 
@@ -474,12 +476,12 @@ def test_any_part_of_the_mask_can_be_asked_for() -> None:
 
 
 def refused(folder: str) -> list[str]:
-    said = []
+    messages = []
     for targets in (["q_proj", "layers.2.*"], ["query"]):
         try:
             add_lora([built(folder)], LoraConfig(R, targets=targets))
         except ConfigError as error:
-            said.append(str(error))
+            messages.append(str(error))
     model = built(folder)
     dropout = add_lora([model], LoraConfig(R, dropout=0.1))
     for documents in (None, {0: 5}, {0: 50}):
@@ -488,16 +490,16 @@ def refused(folder: str) -> list[str]:
         try:
             logits_of(model.train(), BATCHES[0])
         except AssertionError as error:
-            said.append(str(error))
+            messages.append(str(error))
     logits_of(model.eval(), BATCHES[0])
-    return said
+    return messages
 
 
 def test_what_cannot_work_is_said(folder: str) -> None:
     layer, name, unnamed, fewer, more = run_ranks(1, refused, folder)[0]
     assert "model.lora.targets" in layer and "'layers.2.*'" in layer and "2 layers" in layer
     assert "'query'" in name and "'q_proj'" in name and "layers.0.self_attn.q_proj" in name
-    assert "set_tokens" in unnamed and all("for another micro-batch" in said for said in (fewer, more))
+    assert "set_tokens" in unnamed and all("for another micro-batch" in message for message in (fewer, more))
 
 
 def merged_in_bf16(folder: str) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -505,7 +507,7 @@ def merged_in_bf16(folder: str) -> list[tuple[np.ndarray, np.ndarray]]:
     add_lora([model], LoraConfig(R, ALPHA))
     initialise_lora([model], seed=0)
     model.bfloat16()
-    found = []
+    pairs = []
     for weight in list_weights(model):
         if weight.name.endswith("linear_fc2.lora.down_proj.B"):
             linear = model.get_submodule(weight.name.partition(".lora.")[0])
@@ -515,12 +517,12 @@ def merged_in_bf16(folder: str) -> list[tuple[np.ndarray, np.ndarray]]:
             expected = (linear.weight.float() + ALPHA / R * (b @ a)).bfloat16()
             [(_, merged)] = merged_weights([model], weight.name.partition(".lora.")[0] + ".weight")
             assert merged.dtype == torch.bfloat16 and not torch.equal(merged, linear.weight)
-            found.append((merged.float().numpy(), expected.detach().float().numpy()))
-    return found
+            pairs.append((merged.float().numpy(), expected.detach().float().numpy()))
+    return pairs
 
 
 def test_merging_rounds_once(folder: str) -> None:
-    found = run_ranks(1, merged_in_bf16, folder)[0]
-    assert len(found) == 2
-    for merged, expected in found:
+    pairs = run_ranks(1, merged_in_bf16, folder)[0]
+    assert len(pairs) == 2
+    for merged, expected in pairs:
         np.testing.assert_array_equal(merged, expected)

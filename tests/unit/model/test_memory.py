@@ -130,11 +130,11 @@ def kept_and_counted(case: Case) -> tuple[int, int]:
 
 
 def check(cases: Sequence[Case], ranks: int) -> None:
-    for found in run_ranks(ranks, keep_of_a_pass, cases, timeout=300):
+    for pairs in run_ranks(ranks, keep_of_a_pass, cases, timeout=300):
         # Not estimated: a few index tensors and, with context parallelism on CPUs, masks converted to floats.
         wrong = [
             f"{measured} kept, {counted} counted: {case}"
-            for case, (measured, counted) in zip(cases, found, strict=True)
+            for case, (measured, counted) in zip(cases, pairs, strict=True)
             if counted != pytest.approx(measured, rel=0.01 if case.context == 1 else 0.05)
         ]
         assert not wrong, "\n".join(wrong)
@@ -225,10 +225,10 @@ def test_what_media_keep(tensor: int) -> None:
         for freeze in (True, False)
         for precision in ("32", "bf16")
     ]
-    for found in run_ranks(tensor, keep_of_media, cases):
+    for pairs in run_ranks(tensor, keep_of_media, cases):
         wrong = [
             f"{measured} kept, {counted} counted: {case}"
-            for case, (measured, counted) in zip(cases, found, strict=True)
+            for case, (measured, counted) in zip(cases, pairs, strict=True)
             # The output of a trainable encoder is kept once, but the estimate also counts it for the projector.
             if counted != pytest.approx(measured, rel=0.06)
         ]
@@ -249,8 +249,8 @@ def in_flight_of_a_step(config: RunConfig) -> dict[str, Any]:
 
     def count(part: int, by: int) -> None:
         alive[part] += by
-        for place, now in enumerate((sum(alive), *alive)):
-            most[place] = max(most[place], now)
+        for position, now in enumerate((sum(alive), *alive)):
+            most[position] = max(most[position], now)
 
     def forwarded(part: int, module: nn.Module, given: Any, output: Tensor) -> None:
         count(part, 1)
@@ -262,9 +262,9 @@ def in_flight_of_a_step(config: RunConfig) -> dict[str, Any]:
     plan, batches = next(steps(data.planner, data.reader, replica=0, start=0, stop=1, num_workers=0, prefetch_steps=1))
     train_step(state, plan, batches)
     ones = [1] * len(state.models)
-    place = layout.pipeline_rank, layout.pipeline_size, len(batches)
-    counted = [peak(*place, ones)[0]]
-    counted += [peak(*place, [int(part == one) for part in range(len(ones))])[0] for one in range(len(ones))]
+    position = layout.pipeline_rank, layout.pipeline_size, len(batches)
+    counted = [peak(*position, ones)[0]]
+    counted += [peak(*position, [int(part == one) for part in range(len(ones))])[0] for one in range(len(ones))]
     return {"most": most, "counted": counted, "micro-batches": len(batches)}
 
 
@@ -279,10 +279,10 @@ def test_micro_batches_in_flight(
     config.model.language_model.freeze = False
     config.model.modalities = {}
     config.model.global_batch_size, config.data.seq_length = 16, 12
-    found = run_ranks(stages, in_flight_of_a_step, config)
-    assert found[0]["micro-batches"] > 2 * stages
-    for rank in found:
-        assert rank["most"] == rank["counted"], found
+    counts = run_ranks(stages, in_flight_of_a_step, config)
+    assert counts[0]["micro-batches"] > 2 * stages
+    for rank in counts:
+        assert rank["most"] == rank["counted"], counts
 
 
 @pytest.mark.parametrize("trains", ["frozen", "trained", "lora", "lora, some"])

@@ -60,7 +60,7 @@ def config_of(case: Case, tp: int, pp: int) -> RunConfig:
 def counts(tp: int, pp: int) -> list[list[tuple[int, ...]]]:
     """In a rank, for each case: parameters, trainable ones and bytes kept by the head, built and estimated."""
     layout = initialize(config_of(CASES[0], tp, pp))
-    found = []
+    table = []
     for case in CASES:
         config = config_of(case, tp, pp)
         hf = read_llama_config(config.model.language_model)
@@ -85,14 +85,14 @@ def counts(tp: int, pp: int) -> list[list[tuple[int, ...]]]:
             kept, _ = saved_for_backward(losses, list(model.parameters()))
             load = Pack(TOKENS, len(labels), TOKENS, TOKENS)
             row += [sum(kept.values()), kept_by_head(sizes.llama, load) - _norm(sizes.llama, TOKENS)]
-        found.append(tuple(row))
-    return [found]
+        table.append(tuple(row))
+    return [table]
 
 
 @pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2)])
 def test_the_estimate_is_what_a_rank_holds(tp: int, pp: int) -> None:
-    for [found] in run_ranks(2, counts, tp, pp):
-        for case, (total, all_of_them, trainable, counted, *head) in zip(CASES, found, strict=True):
+    for [table] in run_ranks(2, counts, tp, pp):
+        for case, (total, all_of_them, trainable, counted, *head) in zip(CASES, table, strict=True):
             assert (total, trainable) == (all_of_them, counted), case
             if head:
                 assert head[0] == pytest.approx(head[1], rel=0.01), case

@@ -123,10 +123,10 @@ def of_chunk(config: RunConfig, layout: ParallelLayout, model: AnyMALModel, numb
 def test_chunks_keep_what_is_counted(layout: Any) -> None:
     """Not counted: a few index tensors and, with context parallelism on CPUs, masks converted to floats."""
     cases = [Case(layout, granularity, trains) for granularity in ("", "full") for trains in (True, False)]
-    for rank, found in enumerate(run_ranks(4, kept_by_ranks_chunks, cases)):
+    for rank, measurements in enumerate(run_ranks(4, kept_by_ranks_chunks, cases)):
         wrong = [
             f"rank {rank}, chunk {number}: {measured} kept, {counted} counted: {case}"
-            for case, chunks in zip(cases, found, strict=True)
+            for case, chunks in zip(cases, measurements, strict=True)
             for number, (measured, counted) in enumerate(chunks)
             if counted != pytest.approx(measured, rel=0.01 if layout[4] == 1 else 0.05)
         ]

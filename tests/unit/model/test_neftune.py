@@ -56,8 +56,8 @@ def chi_square(bins: Tensor, count: int) -> float:
 def test_hash_is_the_scalar_one_of_each_element(seed: int) -> None:
     first = torch.tensor([0, 1, -1, 5, 2**62, -(2**63)])
     second = torch.tensor([0, 3, 2**63 - 1])
-    found = hash64(seed, first[:, None], second)
-    assert found.tolist() == [[signed(mix64(seed, a, b)) for b in second.tolist()] for a in first.tolist()]
+    hashes = hash64(seed, first[:, None], second)
+    assert hashes.tolist() == [[signed(mix64(seed, a, b)) for b in second.tolist()] for a in first.tolist()]
 
 
 def test_uniform_is_the_upper_24_bits() -> None:
@@ -66,9 +66,9 @@ def test_uniform_is_the_upper_24_bits() -> None:
     for k in range(1000):
         upper = mix64(3, k) >> 40
         expected.append((upper - 2**24 if upper >= 2**23 else upper) / 2**23)
-    found = uniform(3, counters)
-    assert found.dtype == torch.float32
-    assert found.double().tolist() == expected
+    numbers = uniform(3, counters)
+    assert numbers.dtype == torch.float32
+    assert numbers.double().tolist() == expected
 
 
 def test_counters_are_left_as_they_are() -> None:
@@ -142,15 +142,15 @@ def test_seeds_steps_and_swapped_counters_are_unrelated() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_scale_is_that_of_transformers(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     samples, positions, lengths = places(LENGTHS)
-    found = neftune((samples, positions, lengths), 48, dtype)
-    assert found.dtype == dtype and found.shape == (24, 48)
+    noise = neftune((samples, positions, lengths), 48, dtype)
+    assert noise.dtype == dtype and noise.shape == (24, 48)
     numbers = uniform(KEY, samples[:, None], positions[:, None], torch.arange(48)).double()
     expected = []
     for document, n in zip(numbers.split(list(LENGTHS.values())), LENGTHS.values()):
         monkeypatch.setattr(Tensor, "uniform_", drawn(document))
         module: Any = SimpleNamespace(training=True, neftune_noise_alpha=10.0)
         expected.append(neftune_post_forward_hook(module, None, torch.zeros(1, n, 48, dtype=torch.float64))[0])
-    torch.testing.assert_close(found.double(), torch.cat(expected), rtol=1e-6, atol=0)
+    torch.testing.assert_close(noise.double(), torch.cat(expected), rtol=1e-6, atol=0)
 
 
 def drawn(numbers: Tensor) -> Any:
@@ -164,11 +164,11 @@ def drawn(numbers: Tensor) -> Any:
 
 
 def test_each_number_comes_from_its_own_place() -> None:
-    found = neftune(places(LENGTHS), 48)
+    noise = neftune(places(LENGTHS), 48)
     for row, sample, position, channel in [(0, 4, 0, 0), (8, 4, 8, 47), (9, 1, 0, 3), (23, 6, 13, 20)]:
         number = (signed(mix64(KEY, sample, position, channel)) >> 40) / 2**23
         scale = 10 / math.sqrt(LENGTHS[sample] * 48)
-        assert float(found[row, channel]) == pytest.approx(number * scale, rel=2e-7)
+        assert float(noise[row, channel]) == pytest.approx(number * scale, rel=2e-7)
 
 
 def test_padding_and_tokens_left_out_get_nothing() -> None:
@@ -176,12 +176,12 @@ def test_padding_and_tokens_left_out_get_nothing() -> None:
     # Padding inside a document and after the last one; its document length is unknown.
     padding = torch.tensor([8, 22, 23])
     samples[padding], lengths[padding] = -1, 0
-    found = neftune((samples, positions, lengths), dtype=torch.bfloat16)
-    assert found.dtype == torch.bfloat16 and found.isfinite().all()
-    assert (found[padding] == 0).all() and (found != 0).any(1).sum() == 21
+    noise = neftune((samples, positions, lengths), dtype=torch.bfloat16)
+    assert noise.dtype == torch.bfloat16 and noise.isfinite().all()
+    assert (noise[padding] == 0).all() and (noise != 0).any(1).sum() == 21
     text = torch.arange(24) % 3 > 0
     masked = neftune_noise(7, 11, samples, positions, lengths, 10.0, 16, torch.bfloat16, where=text)
-    assert torch.equal(masked, torch.where(text[:, None], found, 0))
+    assert torch.equal(masked, torch.where(text[:, None], noise, 0))
 
 
 @pytest.mark.parametrize("chunk", [1, 100, 2**22])

@@ -80,9 +80,9 @@ def gathered(folder: str, layout: str, precision: str) -> tuple[int, dict[str, n
 def test_values_are_those_of_bitsandbytes_under_every_layout(folder: str, layout: str, precision: str) -> None:
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     source = LlamaForCausalLM.from_pretrained(folder, dtype=dtype).state_dict()
-    found = run_ranks(LAYOUTS[layout][0] * LAYOUTS[layout][2], gathered, folder, layout, precision)
-    assert {held for held, _ in found} == {LINEARS // LAYOUTS[layout][2]}
-    weights = found[0][1]
+    results = run_ranks(LAYOUTS[layout][0] * LAYOUTS[layout][2], gathered, folder, layout, precision)
+    assert {held for held, _ in results} == {LINEARS // LAYOUTS[layout][2]}
+    weights = results[0][1]
     assert weights is not None and weights.keys() == source.keys()
     for name, weight in source.items():
         expected = weight
@@ -99,14 +99,14 @@ def hashes(folder: str, layout: str) -> list[str]:
     whole: Any = [gather_weights([plain])]
     torch.distributed.broadcast_object_list(whole)
     held = built(configured(folder, layout))
-    found = [hash_weights([model], "language_model.") for model in (plain, held)]
+    digests = [hash_weights([model], "language_model.") for model in (plain, held)]
     load_weights([held], whole[0])
-    found.append(hash_weights([held], "language_model."))
+    digests.append(hash_weights([held], "language_model."))
     held_weights(held)[3].packed[5, 1] ^= 1
-    found.append(hash_weights([held], "language_model."))
+    digests.append(hash_weights([held], "language_model."))
     held_weights(held)[3].packed[5, 1] ^= 1
     held_weights(held)[2].scales[4] *= 2
-    return [*found, hash_weights([held], "language_model.")]
+    return [*digests, hash_weights([held], "language_model.")]
 
 
 @pytest.mark.parametrize("layout", ["one", "tp2"])
@@ -192,13 +192,13 @@ def theirs(folder: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("layout", ["one", "tp2", "tp2 sp"])
 def test_adapters_on_it_learn_as_in_peft(folder: str, theirs: dict[str, Any], layout: str) -> None:
-    for found in run_ranks(LAYOUTS[layout][0], ours, folder, layout):
-        np.testing.assert_allclose(found["logits"], theirs["logits"], rtol=1e-5, atol=1e-5)
-        np.testing.assert_allclose(found["inputs"], theirs["inputs"], rtol=1e-5, atol=1e-5)
-        assert found["gradients"].keys() == theirs["gradients"].keys() and len(found["gradients"]) == 4 * 7 * 2
+    for results in run_ranks(LAYOUTS[layout][0], ours, folder, layout):
+        np.testing.assert_allclose(results["logits"], theirs["logits"], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(results["inputs"], theirs["inputs"], rtol=1e-5, atol=1e-5)
+        assert results["gradients"].keys() == theirs["gradients"].keys() and len(results["gradients"]) == 4 * 7 * 2
         for name, gradient in theirs["gradients"].items():
             assert np.abs(gradient).max() > 1e-3, name
-            np.testing.assert_allclose(found["gradients"][name], gradient, rtol=1e-5, atol=1e-5, err_msg=name)
+            np.testing.assert_allclose(results["gradients"][name], gradient, rtol=1e-5, atol=1e-5, err_msg=name)
 
 
 # ---------------------------------------------------------------------------------------------------- memory
@@ -206,7 +206,7 @@ def test_adapters_on_it_learn_as_in_peft(folder: str, theirs: dict[str, Any], la
 
 def kept(folder: str) -> dict[str, Any]:
     """Bytes of the base and of what a pass keeps with and without NF4, and how dequantized copies come and go."""
-    found: dict[str, Any] = {}
+    measurements: dict[str, Any] = {}
     for quantization in ("", "nf4"):
         model = built(configured(folder, quantization=quantization)).train()
         hidden = torch.randn(len(TOKENS), 1, SHAPE["hidden_size"], requires_grad=True)
@@ -216,9 +216,9 @@ def kept(folder: str) -> dict[str, Any]:
         def forward(decoder: Any = decoder, hidden: Tensor = hidden, pack: Any = pack) -> Tensor:
             return decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=pack)
 
-        found[quantization] = sum(saved_for_backward(forward, model.parameters())[0].values())
+        measurements[quantization] = sum(saved_for_backward(forward, model.parameters())[0].values())
     held = held_weights(model)
-    found["bytes"] = sum(storages(held).values()), sum(weight.numel() for weight in held)
+    measurements["bytes"] = sum(storages(held).values()), sum(weight.numel() for weight in held)
     copies: list[weakref.ref[Tensor]] = []
     alive: list[int] = []
     dequantize = NF4Weight.dequantize
@@ -233,17 +233,17 @@ def kept(folder: str) -> dict[str, Any]:
     out = forward()
     forwards = len(copies)
     out.sum().backward()
-    found["copies"] = forwards, len(copies) - forwards, max(alive), sum(copy() is not None for copy in copies)
-    return found
+    measurements["copies"] = forwards, len(copies) - forwards, max(alive), sum(copy() is not None for copy in copies)
+    return measurements
 
 
 def test_no_dequantized_copy_outlives_its_product(folder: str) -> None:
-    [found] = run_ranks(1, kept, folder)
-    size, elements = found["bytes"]
+    [measurements] = run_ranks(1, kept, folder)
+    size, elements = measurements["bytes"]
     assert elements == SHAPE["num_hidden_layers"] * (128 * 256 + 128 * 128 + 3 * 128 * 256)
     assert size == elements * 0.5625
-    assert found["nf4"] == found[""]
-    assert found["copies"] == (LINEARS, LINEARS, 0, 0)
+    assert measurements["nf4"] == measurements[""]
+    assert measurements["copies"] == (LINEARS, LINEARS, 0, 0)
 
 
 def peak_of_building(folder: str) -> tuple[int, int]:
@@ -280,7 +280,7 @@ def test_quantizing_in_parts_changes_nothing(folder: str) -> None:
 def refusals(folder: str) -> list[str]:
     weight = NF4Weight.empty(torch.empty(4, 64))
     weight.copy_(torch.randn(4, 64))
-    told = []
+    messages = []
     for change in (
         lambda: weight.mul_(2),
         lambda: weight.copy_(torch.randn(64)),
@@ -288,8 +288,8 @@ def refusals(folder: str) -> list[str]:
     ):
         with pytest.raises((TypeError, ValueError)) as refused:
             change()
-        told.append(str(refused.value))
-    return told
+        messages.append(str(refused.value))
+    return messages
 
 
 def test_it_is_changed_only_as_a_whole(folder: str) -> None:

@@ -70,23 +70,26 @@ def test_alignment_of_an_8b_llama() -> None:
     amounts = StepAmounts(
         reached=Documents(320 + 200, 320**2 + 200**2, 40 + 60), other=Documents(100, 100**2, 80), pieces={"image": 2}
     )
-    found = step_operations(ModelCosts(*both(section(), LLAMA_8B), {"image": image}), amounts)
+    operations = step_operations(ModelCosts(*both(section(), LLAMA_8B), {"image": image}), amounts)
     # The text's gradient reaches nothing that trains.
     hand = 4 * (EARLIER_8B * 520 + LAST_8B * 100) + 2 * (EARLIER_8B * 100 + LAST_8B * 80)
-    assert found.linears == pytest.approx(hand)
-    assert found.head == pytest.approx(4 * HEAD_8B * 100 + 2 * HEAD_8B * 80)
-    assert found.attention == pytest.approx(SQUARE_8B * (3 * (320**2 + 200**2) + 100**2))
-    assert found.encoding == 2 * vit and found.encoder_gradients == found.adapters == found.encoding_again == 0
+    assert operations.linears == pytest.approx(hand)
+    assert operations.head == pytest.approx(4 * HEAD_8B * 100 + 2 * HEAD_8B * 80)
+    assert operations.attention == pytest.approx(SQUARE_8B * (3 * (320**2 + 200**2) + 100**2))
+    assert (
+        operations.encoding == 2 * vit
+        and operations.encoder_gradients == operations.adapters == operations.encoding_again == 0
+    )
     # Queries, outputs and feed-forward of 64 latents, keys and values of 320 tokens; input and output layers.
     layer = (64 + 64 + 320 + 320 + 8 * 64) * 1024**2
     size = 256 * 1024**2 + 6 * layer + 64 * 1024 * 4096
     scores = 6 * 4 * 64 * 320 * 1024
-    assert found.projectors == pytest.approx(2 * (6 * size + 3 * scores))
-    parts = (found.linears, found.head, found.attention, found.encoding, found.projectors)
-    assert found.needed == pytest.approx(sum(parts), rel=1e-12)
+    assert operations.projectors == pytest.approx(2 * (6 * size + 3 * scores))
+    parts = (operations.linears, operations.head, operations.attention, operations.encoding, operations.projectors)
+    assert operations.needed == pytest.approx(sum(parts), rel=1e-12)
     # Fused attention computes half of its forward pass again, in Llama and resampler.
-    assert found.repeated == pytest.approx(SQUARE_8B * (320**2 + 200**2) / 2 + 2 * scores / 2)
-    assert found.computed == found.needed + found.repeated
+    assert operations.repeated == pytest.approx(SQUARE_8B * (320**2 + 200**2) / 2 + 2 * scores / 2)
+    assert operations.computed == operations.needed + operations.repeated
 
 
 def test_lora_on_a_70b_llama() -> None:
@@ -103,10 +106,10 @@ def test_lora_on_a_70b_llama() -> None:
     assert costs.attention == Cost(SQUARE_70B, 2.0 * SQUARE_70B, SQUARE_70B / 2)
     assert costs.head == Cost(2.0 * HEAD_70B, 2.0 * HEAD_70B)
     documents = Documents(4096, 1024**2 * 4, 900)
-    found = step_operations(ModelCosts(costs, costs, {}), StepAmounts(Documents(), documents, {}))
+    operations = step_operations(ModelCosts(costs, costs, {}), StepAmounts(Documents(), documents, {}))
     hand = 4096 * (4 * EARLIER_70B - 2 * first_qkv + 6 * adapters - 2 * first_down)
     hand += 4 * 1024**2 * 3 * SQUARE_70B + 900 * (4 * HEAD_70B + 4 * LAST_70B + 6 * last)
-    assert found.needed == pytest.approx(hand, rel=1e-12)
+    assert operations.needed == pytest.approx(hand, rel=1e-12)
     # A projector that trains takes the gradient through the first layer, too.
     through, _ = both(section(r=64), LLAMA_70B)
     assert through.linears == Cost(2.0 * EARLIER_70B, 2.0 * EARLIER_70B)
@@ -139,18 +142,18 @@ def test_preference_pairs_of_an_8b_llama() -> None:
         ProjectorConfig(type="linear", num_layers=1, num_tokens=64, freeze=True), 64, 1024, 1e9, 4096,
         encoder_trains=False,
     )  # fmt: skip
-    found = step_operations(ModelCosts(*both(section(r=8), LLAMA_8B), {"image": linear}), amounts)
+    operations = step_operations(ModelCosts(*both(section(r=8), LLAMA_8B), {"image": linear}), amounts)
     last = 8 * (8192 + 2 * 18432 + 18432)
     adapters = 32 * (8 * (8192 + 2 * 5120) + last) - last
     first_qkv, first_down = 4096 * (4096 + 2 * 1024), 3 * 8 * 4096
     # Forward twice, and the gradients of the policy.
-    assert found.linears == pytest.approx(tokens * (6 * EARLIER_8B - 2 * first_qkv) + 290 * 6 * LAST_8B)
-    assert found.adapters == pytest.approx(tokens * (8 * adapters - 2 * first_down) + 290 * 8 * last)
-    assert found.attention == pytest.approx(squares * 4 * SQUARE_8B)
-    assert found.head == pytest.approx(290 * 6 * HEAD_8B)
+    assert operations.linears == pytest.approx(tokens * (6 * EARLIER_8B - 2 * first_qkv) + 290 * 6 * LAST_8B)
+    assert operations.adapters == pytest.approx(tokens * (8 * adapters - 2 * first_down) + 290 * 8 * last)
+    assert operations.attention == pytest.approx(squares * 4 * SQUARE_8B)
+    assert operations.head == pytest.approx(290 * 6 * HEAD_8B)
     projected = 3 * 2 * 64 * 1024 * 4096
-    assert found.projectors == projected and found.encoding == found.encoding_again == 3e9
-    assert found.repeated == pytest.approx(squares * SQUARE_8B / 2 + projected)
+    assert operations.projectors == projected and operations.encoding == operations.encoding_again == 3e9
+    assert operations.repeated == pytest.approx(squares * SQUARE_8B / 2 + projected)
     # With stored log-probabilities only the policy runs.
     stored = step_operations(
         ModelCosts(*both(section(r=8), LLAMA_8B), {"image": linear}), step_amounts(plan, frozenset(), reference=False)

@@ -52,14 +52,14 @@ def steps(config: RunConfig, selected: bool) -> list[dict[str, Any]]:
     state = build(config, initialize(config))
     named = {f"{n}.{name}": p for n, m in enumerate(state.models) for name, p in m.named_parameters()}
     optimizer: Any = state.optimizer
-    update, found, rows = optimizer.step, [], []
+    update, records, rows = optimizer.step, [], []
     last: Any = state.models[-1].language_model
     if last.post_process:
         last.decoder.layers[-1].mlp.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
 
     def record() -> Any:
         gradients = {name: p.main_grad.numpy().copy() for name, p in named.items() if p.requires_grad}
-        found.append({"gradients": gradients})
+        records.append({"gradients": gradients})
         return update()
 
     optimizer.step = record
@@ -70,8 +70,8 @@ def steps(config: RunConfig, selected: bool) -> list[dict[str, Any]]:
         result = train_step(state, plan, batches)
         assert not result.skipped and len(batches) > 1
         sizes = [(int(b.loss_mask.sum()), b.tokens.size(1)) for b in batches]
-        found[-1] |= {"loss": result.loss, "rows": list(rows), "sizes": sizes}
-    return found
+        records[-1] |= {"loss": result.loss, "rows": list(rows), "sizes": sizes}
+    return records
 
 
 def both(configs: list[RunConfig]) -> list[Any]:
@@ -86,21 +86,21 @@ def configs(tokenizer_folder: str, tmp_path_factory: pytest.TempPathFactory) -> 
     folder = tmp_path_factory.mktemp("data")
     captions = make_shards(folder / "captions", tokenizer_folder, 24, ("image", "text"))
     chats = make_conversations(folder / "chats", tokenizer_folder, 24, ("image", "text"))
-    found = {}
+    by_kind = {}
     for kind in KINDS:
         config = make_config(chats if kind == "adapters" else captions, tokenizer_folder, folder / "run")
         config.model.modalities = {"image": config.model.modalities["image"]}
         if kind == "adapters":
             config.job, config.model.lora = "sft", LoraConfig(r=4, dropout=0.25)
         config.model.language_model.freeze = kind != "trained"
-        found[kind] = config
-    return found
+        by_kind[kind] = config
+    return by_kind
 
 
 @pytest.fixture(scope="module")
 def results(configs: dict[str, RunConfig]) -> dict[tuple[str, str], list[Any]]:
     """By layout and kind: per rank the steps with all positions and with some."""
-    found = {}
+    by_case = {}
     for processes in (1, 2):
         cases = {}
         for layout, (number, settings) in LAYOUTS.items():
@@ -110,22 +110,22 @@ def results(configs: dict[str, RunConfig]) -> dict[tuple[str, str], list[Any]]:
                 for name, value in settings.items():
                     setattr(config.model, name, value)
         ranks = run_ranks(processes, both, list(cases.values()), timeout=300)
-        found |= {case: [rank[number] for rank in ranks] for number, case in enumerate(cases)}
-    return found
+        by_case |= {case: [rank[number] for rank in ranks] for number, case in enumerate(cases)}
+    return by_case
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_losses_and_gradients_are_the_same(layout: str, kind: str, results: Any) -> None:
     for every, some in results[layout, kind]:
-        for step, (expected, found) in enumerate(zip(every, some, strict=True)):
-            assert found["loss"] == pytest.approx(expected["loss"], rel=1e-6)
-            assert found["gradients"].keys() == expected["gradients"].keys()
+        for step, (expected, actual) in enumerate(zip(every, some, strict=True)):
+            assert actual["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+            assert actual["gradients"].keys() == expected["gradients"].keys()
             for name, gradient in expected["gradients"].items():
                 # Adam's first update divides by the gradient's size, so that rounding in small gradients grows, which
                 # depends on the CPU: 2.2e-5 was seen.
                 rounding = (5e-5 if step else 1e-5) * np.abs(gradient).max()
-                np.testing.assert_allclose(found["gradients"][name], gradient, rtol=0, atol=rounding, err_msg=name)
+                np.testing.assert_allclose(actual["gradients"][name], gradient, rtol=0, atol=rounding, err_msg=name)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -135,12 +135,12 @@ def test_only_positions_with_a_label_are_computed(layout: str, kind: str, result
     ranks = results[layout, kind]
     passes = 2 if "recomputed" in layout else 1
     for every, some in ranks[-1:] if "pipeline" in layout else ranks:
-        for expected, found in zip(every, some, strict=True):
+        for expected, actual in zip(every, some, strict=True):
             divisor = 2 if layout.startswith("sequence") else 1
-            labels = [-(-labels // divisor) for labels, _ in found["sizes"]]
-            tokens = [tokens // divisor for _, tokens in found["sizes"]]
-            assert sum(labels) < sum(tokens) and len(found["rows"]) == passes * len(labels)
-            assert sum(found["rows"]) == passes * sum(labels)
+            labels = [-(-labels // divisor) for labels, _ in actual["sizes"]]
+            tokens = [tokens // divisor for _, tokens in actual["sizes"]]
+            assert sum(labels) < sum(tokens) and len(actual["rows"]) == passes * len(labels)
+            assert sum(actual["rows"]) == passes * sum(labels)
             assert sum(expected["rows"]) == passes * sum(tokens)
 
 
@@ -160,8 +160,8 @@ def _answering(config: RunConfig, selected: bool) -> tuple[Any, list[int]]:
     cache, logits = KeyValueCache(len(DOCUMENTS)), []
     for documents in (DOCUMENTS, [document[:1] for document in [*DOCUMENTS, [0]]]):
         with torch.no_grad():
-            found = model(MicroBatch.unlabelled(documents, {}), soft={}, cache=cache)
-        logits.append(model.whole_logits(found).numpy())
+            local_logits = model(MicroBatch.unlabelled(documents, {}), soft={}, cache=cache)
+        logits.append(model.whole_logits(local_logits).numpy())
     return logits, rows
 
 
@@ -177,8 +177,8 @@ def test_answers_need_the_last_layer_at_the_last_tokens_only(layout: str, config
     for name, value in settings.items():
         setattr(config.model, name, value)
     for (some, rows), (every, all_rows) in run_ranks(config.trainer.devices, _both_answering, config):
-        for found, expected in zip(some, every, strict=True):
+        for actual, expected in zip(some, every, strict=True):
             np.testing.assert_allclose(
-                found, expected, rtol=0, atol=1e-5 * np.abs(expected[np.isfinite(expected)]).max()
+                actual, expected, rtol=0, atol=1e-5 * np.abs(expected[np.isfinite(expected)]).max()
             )
         assert (rows, all_rows) == (([2, 2], [6, 2]) if layout == "sequence" else ([3, 3], [12, 4]))

@@ -99,7 +99,7 @@ def run_all(tp: int, implementation: str) -> dict[str, dict[str, np.ndarray]]:
     """Per case: output, gradient of the input, and gathered gradients of all weights."""
     parallel = setting(tp)
     use_stand_in()
-    found = {}
+    answers = {}
     for name, (features, width, config) in CASES.items():
         projector = build_projector("m", config, parallel, implementation, features, width, HIDDEN)
         fused = sum(isinstance(module, NormLinear) for module in projector.modules())
@@ -116,8 +116,8 @@ def run_all(tp: int, implementation: str) -> dict[str, dict[str, np.ndarray]]:
         assert x.grad is not None
         tensors = {"output": out.detach(), "input gradient": x.grad}
         tensors.update({w.name: w.gather(w.parameter.grad) for w in weights})
-        found[name] = {key: tensor.numpy() for key, tensor in tensors.items()}
-    return found
+        answers[name] = {key: tensor.numpy() for key, tensor in tensors.items()}
+    return answers
 
 
 class Plain:
@@ -216,14 +216,14 @@ def test_outputs_and_gradients_equal_plain_torch(name: str, tp: int, implementat
 
 def refusals(tp: int, cases: list[tuple[int, int, ProjectorConfig]]) -> list[str]:
     parallel = setting(tp)
-    found = []
+    messages = []
     for features, width, config in cases:
         try:
             build_projector("eye", config, parallel, "local", features, width, HIDDEN)
-            found.append("no error")
+            messages.append("no error")
         except ConfigError as error:
-            found.append(str(error))
-    return found
+            messages.append(str(error))
+    return messages
 
 
 def test_sizes_that_do_not_fit_are_refused() -> None:
@@ -239,5 +239,5 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
     )[0]
     assert heads in one[0] and "width 8" in one[0] and "num_attention_heads=3" in one[0]
     assert f"{heads}.num_tokens=4" in one[1] and "3 features" in one[1]
-    for said in run_ranks(2, refusals, 2, [(4, 6, ProjectorConfig("resampler", 1, 2, num_attention_heads=3))]):
-        assert "num_attention_heads=3" in said[0] and "tensor_model_parallel_size=2" in said[0]
+    for messages in run_ranks(2, refusals, 2, [(4, 6, ProjectorConfig("resampler", 1, 2, num_attention_heads=3))]):
+        assert "num_attention_heads=3" in messages[0] and "tensor_model_parallel_size=2" in messages[0]

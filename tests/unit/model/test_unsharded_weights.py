@@ -37,14 +37,14 @@ def built(config: RunConfig, tp: int, pp: int) -> TrainState:
 
 def everywhere(tensors: Any) -> Any:
     """Broadcast the value of rank 0 to every rank."""
-    found = [tensors]
-    dist.broadcast_object_list(found, src=0)
-    return found[0]
+    objects = [tensors]
+    dist.broadcast_object_list(objects, src=0)
+    return objects[0]
 
 
 def explore(config: RunConfig, layouts: list[str]) -> dict[str, dict[str, Any]]:
     """Build the model under each layout; check whole weights, round trips and hashes."""
-    found = {}
+    results = {}
     for name in layouts:
         state = built(config, *LAYOUTS[name])
         seen: dict[str, Any] = {"hash": hash_weights(state.models, "")}
@@ -76,8 +76,8 @@ def explore(config: RunConfig, layouts: list[str]) -> dict[str, dict[str, Any]]:
         load_weights(state.models, whole)
         seen["changed hash"] = hash_weights(state.models, "")
         seen["errors"] = [_error(state, {}), _error(state, {n: torch.zeros(2, 2) for n in whole})]
-        found[name] = seen
-    return found
+        results[name] = seen
+    return results
 
 
 def _error(state: TrainState, tensors: dict[str, torch.Tensor]) -> str:
@@ -138,9 +138,9 @@ def hashed_bytes(config: RunConfig) -> tuple[str, int, int]:
 
 
 def test_ranks_share_the_hashing(config: RunConfig, explored: Any) -> None:
-    found = run_ranks(4, hashed_bytes, config)
-    assert {seen for seen, _, _ in found} == {explored["one"][0]["hash"]}
-    mine, whole = [own for _, own, _ in found], found[0][2]
+    results = run_ranks(4, hashed_bytes, config)
+    assert {seen for seen, _, _ in results} == {explored["one"][0]["hash"]}
+    mine, whole = [own for _, own, _ in results], results[0][2]
     # The largest single weight is a tenth of all.
     assert sum(mine) == whole and max(mine) < 0.3 * whole
 

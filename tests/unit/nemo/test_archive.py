@@ -35,10 +35,10 @@ def test_archived_tensors_are_those_written(tmp_path):
     (tmp_path / "tok" / "README.md").write_text("not needed")
     path = tmp_path / "deep" / "a.nemo"
     archive.write(path, "run: {}\n", {"tokenizer": tmp_path / "tok"}, tensors)
-    text, found = archive.read(path, tmp_path / "out")
-    assert text == "run: {}\n" and set(found) == set(tensors) and len(found) == len(tensors)
+    text, archived = archive.read(path, tmp_path / "out")
+    assert text == "run: {}\n" and set(archived) == set(tensors) and len(archived) == len(tensors)
     for name, tensor in tensors.items():
-        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
+        assert archived[name].dtype == tensor.dtype and torch.equal(archived[name], tensor), name
     assert [file.name for file in (tmp_path / "out" / "tokenizer").iterdir()] == ["tokenizer.json"]
     assert [file.name for file in path.parent.iterdir()] == ["a.nemo"]
     # The weights form a complete safetensors file that other tools can read.

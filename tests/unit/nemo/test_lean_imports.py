@@ -103,20 +103,20 @@ def test_a_rank_imports_the_listed_packages_only(seen: dict[str, Any]) -> None:
     counts = Counter(name.split(".")[0] for name in seen["modules"])
     # Python 3.12 no longer has distutils; setuptools brings its own under that name.
     ignored = {*sys.stdlib_module_names, "distutils"}
-    found = {
+    packages = {
         name: count
         for name, count in sorted(counts.items())
         if name not in ignored and not name.startswith(("_", "test"))
     }
     if os.environ.get("ANYMAL_UPDATE"):
-        PACKAGES.write_text(json.dumps(found, indent=1) + "\n")
+        PACKAGES.write_text(json.dumps(packages, indent=1) + "\n")
     assert seen["code"] == 0
     listed = json.loads(PACKAGES.read_text())
     if not of_python().needs_triton:
         del listed["triton"]
-    assert found.keys() <= listed.keys()
+    assert packages.keys() <= listed.keys()
     # Twice as many modules of a package: a part of it that was not imported before.
-    assert not {name: (count, listed[name]) for name, count in found.items() if count > 2 * listed[name] + 10}
+    assert not {name: (count, listed[name]) for name, count in packages.items() if count > 2 * listed[name] + 10}
     assert not [name for name in KEPT_OUT if name in seen["modules"]]
 
 

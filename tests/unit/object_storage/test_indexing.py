@@ -169,8 +169,8 @@ def test_shards_are_read_once_and_ahead(
     client.pipe_file(f"{client.root}/a.tar", archive.getvalue())
     store.fail("a.tar", "cut", times=2)
     source = SequentialBytes(client, f"{client.root}/a.tar")
-    found = [entry for entry in TarWalk(source, 2**20) if isinstance(entry, TarMember)]
-    assert {entry.name: source.read_at(entry.offset, entry.size) for entry in found} == contents
+    members = [entry for entry in TarWalk(source, 2**20) if isinstance(entry, TarMember)]
+    assert {entry.name: source.read_at(entry.offset, entry.size) for entry in members} == contents
     requests = store.log("a.tar")
     chunks = -(-len(archive.getvalue()) // small_requests)
     # One pass over the headers, one over the data, each chunk once, and two that were cut.

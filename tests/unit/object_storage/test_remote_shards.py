@@ -44,10 +44,10 @@ def read(data: DataSource, workers: int = 0, stop: int = 6) -> list[MicroBatch]:
 
 
 def tensors(batches: list[MicroBatch]) -> list[torch.Tensor]:
-    found: list[torch.Tensor] = []
+    collected: list[torch.Tensor] = []
     for batch in batches:
-        batch.with_tensors(lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
-    return found
+        batch.with_tensors(lambda tensor: collected.append(tensor) or tensor)  # type: ignore[func-returns-value]
+    return collected
 
 
 def assert_same(batches: list[MicroBatch], expected: list[MicroBatch]) -> None:

@@ -39,12 +39,12 @@ if sys.stdin.readline():
 
 
 def keepers() -> list[psutil.Process]:
-    found = []
+    processes = []
     for process in psutil.process_iter(["cmdline"]):
         with suppress(psutil.Error):
             if keeper.__name__ in (process.info["cmdline"] or []) and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-    return found
+                processes.append(process)
+    return processes
 
 
 def wait_for_no_new_keeper(before: list[psutil.Process]) -> None:
@@ -57,10 +57,10 @@ def wait_for_no_new_keeper(before: list[psutil.Process]) -> None:
 @pytest.fixture
 def before() -> Iterator[list[psutil.Process]]:
     """Keepers of others; those of the test are ended with it."""
-    found = keepers()
-    yield found
+    others = keepers()
+    yield others
     for process in keepers():
-        if process not in found:
+        if process not in others:
             process.kill()
 
 

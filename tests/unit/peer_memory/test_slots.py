@@ -33,8 +33,8 @@ def test_the_two_newest_steps_are_kept(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         write(file, step)
     reader = SlotFile(str(tmp_path / "file"))
-    found = {copy.step: bytes(reader.data(slot)) for slot, copy in reader.copies().items()}
-    assert found == {2: bytes([2]) * 100, 3: bytes([3]) * 100}
+    contents = {copy.step: bytes(reader.data(slot)) for slot, copy in reader.copies().items()}
+    assert contents == {2: bytes([2]) * 100, 3: bytes([3]) * 100}
     assert {copy.counts for copy in reader.copies().values()} == {(2, 2), (3, 3)}
 
 

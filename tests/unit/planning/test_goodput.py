@@ -47,7 +47,7 @@ SETTINGS = {
 }
 
 
-def deviations(found: Shares, setting: FailingJob, save_every: int, seed: int) -> dict[str, float]:
+def deviations(predicted: Shares, setting: FailingJob, save_every: int, seed: int) -> dict[str, float]:
     """Difference of each share from the simulation, in standard errors."""
     epochs = SimulatedJob(setting, save_every, seed).run(EPOCHS)
     values = {
@@ -60,15 +60,15 @@ def deviations(found: Shares, setting: FailingJob, save_every: int, seed: int) -
     for share, of_epochs in values.items():
         mean, error = estimate(epochs, of_epochs)
         assert error < 0.01
-        differences[share] = abs(getattr(found, share) - mean) / max(error, 1e-12)
+        differences[share] = abs(getattr(predicted, share) - mean) / max(error, 1e-12)
     return differences
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_simulation_agrees(name: str) -> None:
     setting, save_every = SETTINGS[name]
-    found = deviations(shares(setting, save_every), setting, save_every, seed=sorted(SETTINGS).index(name))
-    assert max(found.values()) < TOLERANCE, found
+    differences = deviations(shares(setting, save_every), setting, save_every, seed=sorted(SETTINGS).index(name))
+    assert max(differences.values()) < TOLERANCE, differences
 
 
 @pytest.mark.parametrize("name", ["asynchronous", "peers, failures are the rule"])
@@ -77,14 +77,14 @@ def test_a_wrong_formula_is_found(name: str) -> None:
     setting, save_every = SETTINGS[name]
     for field in ("mtbf", "stall", "write"):
         wrong = dataclasses.replace(setting, **{field: 1.2 * getattr(setting, field)})
-        found = deviations(shares(wrong, save_every), setting, save_every, seed=0)
-        assert max(found.values()) > TOLERANCE, (field, found)
+        differences = deviations(shares(wrong, save_every), setting, save_every, seed=0)
+        assert max(differences.values()) > TOLERANCE, (field, differences)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_shares_add_up(name: str) -> None:
-    found = dataclasses.astuple(shares(*SETTINGS[name]))
-    assert sum(found) == pytest.approx(1.0, abs=1e-12) and all(0.0 <= share <= 1.0 for share in found)
+    fractions = dataclasses.astuple(shares(*SETTINGS[name]))
+    assert sum(fractions) == pytest.approx(1.0, abs=1e-12) and all(0.0 <= share <= 1.0 for share in fractions)
 
 
 @pytest.mark.parametrize("mtbf", [math.inf, 1e12])
@@ -114,14 +114,14 @@ def test_writing_costs_what_the_page_says() -> None:
 def test_snapshots_that_cover_nothing_are_stalls() -> None:
     """A snapshot just before each save that no failure leaves is a longer stall of the save."""
     with_stall = shares(job(stall=4.0, write=7.0), 30)
-    found = shares(with_peers(30, coverage=0.0, stall=1.0, write=7.0), 30)
-    assert dataclasses.astuple(found) == pytest.approx(dataclasses.astuple(with_stall), rel=1e-9)
+    with_snapshots = shares(with_peers(30, coverage=0.0, stall=1.0, write=7.0), 30)
+    assert dataclasses.astuple(with_snapshots) == pytest.approx(dataclasses.astuple(with_stall), rel=1e-9)
 
 
 def test_nothing_is_finished() -> None:
     assert shares(job(mtbf=0.01), 30).ratio == 0.0
-    found = shares(job(mtbf=1e-3, recovery=RecoveryTime(10.0)), 30)
-    assert found == Shares(0.0, 0.0, 0.0, 1.0)
+    breakdown = shares(job(mtbf=1e-3, recovery=RecoveryTime(10.0)), 30)
+    assert breakdown == Shares(0.0, 0.0, 0.0, 1.0)
     assert shares(with_peers(1, mtbf=1e-4), 30).ratio == 0.0
     assert best_interval(job(mtbf=1e-3)) == 1
 
@@ -155,8 +155,10 @@ def test_young_and_daly_at_low_rates(mtbf: float) -> None:
     assert best == pytest.approx(young(setting) - 2.0 / 3.0 * setting.stall, abs=0.02 * setting.stall, rel=1e-5)
     assert best == pytest.approx(daly(setting), abs=0.005 * setting.stall + setting.step, rel=1e-5)
     # First order of the loss: half of it is stalls, half lost steps.
-    found = shares(job(mtbf=mtbf, step=0.01, recovery=RecoveryTime(0.0)), best_interval(setting))
-    assert 1.0 - found.ratio == pytest.approx(math.sqrt(2.0 * setting.stall / mtbf), rel=2.0 / math.sqrt(mtbf / 3.0))
+    breakdown = shares(job(mtbf=mtbf, step=0.01, recovery=RecoveryTime(0.0)), best_interval(setting))
+    assert 1.0 - breakdown.ratio == pytest.approx(
+        math.sqrt(2.0 * setting.stall / mtbf), rel=2.0 / math.sqrt(mtbf / 3.0)
+    )
 
 
 @pytest.mark.parametrize("mtbf", [20.0, 500.0])

@@ -105,10 +105,10 @@ def test_all_layouts_that_work_are_enumerated() -> None:
                 spelled = False
             if spelled:
                 expected.add(layout)
-    found = problem_of(config).layouts()
-    assert len(found) == len(set(found))
+    layouts = problem_of(config).layouts()
+    assert len(layouts) == len(set(layouts))
     # A trained Llama cannot be stored in FP8, so that format is absent on both sides.
-    assert set(found) == expected and len(expected) > 40
+    assert set(layouts) == expected and len(expected) > 40
 
 
 def random_problem(dice: random.Random) -> LayoutProblem:
@@ -148,8 +148,10 @@ def test_the_search_finds_what_all_layouts_with_all_recomputations_contain(seed:
             if needed <= problem.memory:
                 fastest[sizes] = min(fastest.get(sizes, seconds), seconds)
         result = search(problem, layouts, wanted=10)
-        assert [found.step.seconds for found in result.ranked] == pytest.approx(sorted(fastest.values())[:10], rel=1e-9)
-        assert all(found.choice.held[found.choice.worst].total <= problem.memory for found in result.ranked)
+        assert [candidate.step.seconds for candidate in result.ranked] == pytest.approx(
+            sorted(fastest.values())[:10], rel=1e-9
+        )
+        assert all(candidate.choice.held[candidate.choice.worst].total <= problem.memory for candidate in result.ranked)
         assert result.allowed == len(layouts) >= result.examined >= result.simulated
         assert all(miss.held.total > problem.memory for miss in result.misses)
 
@@ -177,9 +179,9 @@ def test_no_step_is_faster_than_its_bound() -> None:
     result = search(problem, layouts, wanted=10**6)
     assert result.simulated > 50
     for layout in layouts[::5]:
-        found = problem.examine(layout, 0.0)
-        assert isinstance(found, Candidate)
-        assert found.step.seconds >= _group(problem, layout).bound(layout)
+        candidate = problem.examine(layout, 0.0)
+        assert isinstance(candidate, Candidate)
+        assert candidate.step.seconds >= _group(problem, layout).bound(layout)
 
 
 # TP, SP, PP, VPP, CP, first, last, trains, recompute
@@ -224,15 +226,15 @@ def test_memory_is_that_of_a_dry_run(values: tuple[Any, ...], trains: bool, tmp_
     assert isinstance(most, Candidate) and not most.choice.recompute.granularity
     # Tight enough to need recomputation.
     problem = problem_of(config, memory=most.choice.held[most.choice.worst].total - 1)
-    found = problem.examine(layout, 0.0)
-    if isinstance(found, Miss):
-        found = most
-    planned = planned_config(config, layout, found.choice.recompute)
+    candidate = problem.examine(layout, 0.0)
+    if isinstance(candidate, Miss):
+        candidate = most
+    planned = planned_config(config, layout, candidate.choice.recompute)
     memory = examine(planned).memory
-    assert memory is not None and memory.choice.recompute == found.choice.recompute
+    assert memory is not None and memory.choice.recompute == candidate.choice.recompute
     if memory.attention == "sdpa":
         pytest.skip("this machine's dry run assumes a CPU")
-    assert memory.choice.held == found.choice.held
+    assert memory.choice.held == candidate.choice.held
 
 
 def test_what_does_not_fit_is_explained() -> None:

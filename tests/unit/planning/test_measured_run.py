@@ -55,9 +55,9 @@ def run_dir(tmp_path: Path) -> Path:
 
 def test_phases_failures_and_saves(run_dir: Path) -> None:
     run = measure(run_dir)
-    found = {name: value.number for name, value in run.values.items()}
+    numbers = {name: value.number for name, value in run.values.items()}
     assert run.processes == 2
-    assert found == pytest.approx(
+    assert numbers == pytest.approx(
         {
             "step_seconds": 2.0,
             "save_every": 10,

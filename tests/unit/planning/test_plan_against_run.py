@@ -52,23 +52,23 @@ def write_metrics(run_dir: Path, terms: Terms, memory: float) -> None:
 
 @pytest.mark.parametrize("recompute", [{}, {"recompute_granularity": "full", "recompute_num_layers": 3}])
 def test_the_terms_are_those_of_the_predicted_step(recompute: dict[str, Any]) -> None:
-    _, found = predict(configured(**recompute), H100)
-    terms, step = predicted_terms(found.step), found.step
+    _, prediction = predict(configured(**recompute), H100)
+    terms, step = predicted_terms(prediction.step), prediction.step
     assert terms.step == pytest.approx(step.seconds) and min(vars(terms).values()) >= 0
     assert terms.forward + terms.backward == pytest.approx(statistics.fmean(step.pipeline.busy))
     # Two products back for one forward, and with recomputation the forward pass again.
     assert (3.0 if recompute else 2.0) - 0.6 < terms.backward / terms.forward < (3.0 if recompute else 2.0) + 0.4
     # Beside the bubble, messages.
     assert step.bubble * step.seconds <= terms.idle * (1 + 1e-9)
-    assert found.choice.recompute.granularity == recompute.get("recompute_granularity", "")
+    assert prediction.choice.recompute.granularity == recompute.get("recompute_granularity", "")
 
 
 @pytest.mark.parametrize("term", ["forward", "backward", "gradients", "update", "idle", "data"])
 def test_the_term_that_is_off_is_named(term: str, tmp_path: Path) -> None:
     config = configured()
-    _, found = predict(config, H100)
-    terms = predicted_terms(found.step)
-    most = found.choice.held[found.choice.worst].total
+    _, prediction = predict(config, H100)
+    terms = predicted_terms(prediction.step)
+    most = prediction.choice.held[prediction.choice.worst].total
     changed = Terms(**{**vars(terms), term: getattr(terms, term) + 0.3 * terms.step})
     write_metrics(tmp_path, changed, 1.1 * most)
     assert measured_terms(tmp_path).terms.step == pytest.approx(changed.step) and measured_terms(tmp_path).lines == 2
@@ -77,7 +77,7 @@ def test_the_term_that_is_off_is_named(term: str, tmp_path: Path) -> None:
     last = text.splitlines()[-1]
     assert "(+30.0%) against the plan" in last and titles.get(term, "") in last
     assert f"{most / 1e9:.2f} GB predicted, {1.1 * most / 1e9:.2f} GB measured (+10.0%)" in text
-    assert str(found.layout) in text.splitlines()[0]
+    assert str(prediction.layout) in text.splitlines()[0]
 
 
 @pytest.fixture(scope="module")
@@ -101,21 +101,21 @@ def test_a_run_says_where_it_stands_at_its_end(run_of: Path, capsys: pytest.Capt
     done = python(*words, cwd=run_of, timeout=120)
     assert done.returncode == 0, done.stderr
     start = done.stdout.index("Against the plan for 1 x H100 80GB SXM, TP1 PP1 CP1, recompute none")
-    said = done.stdout[start:].strip()
-    assert "not measured on a CPU" in said
+    report = done.stdout[start:].strip()
+    assert "not measured on a CPU" in report
     assert main(["plan", f"--run={run_of / 'run'}"]) == 0
-    assert capsys.readouterr().out.strip() == said
+    assert capsys.readouterr().out.strip() == report
     assert main(["plan", f"--run={run_of / 'run'}", "--gpu=a100-80gb"]) == 0
     assert "1 x A100" in capsys.readouterr().out
     rows = [json.loads(line) for line in (run_of / "run" / "metrics.jsonl").read_text().splitlines()]
     median = statistics.median(row["step_seconds"] for row in rows[1:])
-    [step] = [line for line in said.splitlines() if line.startswith("step ")]
+    [step] = [line for line in report.splitlines() if line.startswith("step ")]
     assert float(step.split()[3].removesuffix("s")) == pytest.approx(median, rel=0.1)
     # The run and the plan count the same operations.
-    _, found = predict(config_of_run(run_of / "run"), H100)
-    [line] = [line for line in said.splitlines() if line.startswith("operations: ")]
+    _, prediction = predict(config_of_run(run_of / "run"), H100)
+    [line] = [line for line in report.splitlines() if line.startswith("operations: ")]
     rates = [float(word) for word in re.findall(r"([\d.e-]+) (?:TFLOP/s|\(MFU)", line)]
-    assert rates[0] * found.step.seconds == pytest.approx(rates[1] * median, rel=0.2)
+    assert rates[0] * prediction.step.seconds == pytest.approx(rates[1] * median, rel=0.2)
     assert "MFU of 66.9 TFLOP/s per GPU (fp32, trainer.gpu=h100-80gb)" in done.stdout
     assert all(row["mfu"] == row["tflops_per_gpu"] / 66.9 for row in rows)
 

@@ -22,28 +22,28 @@ def even(stages: int, chunks: int) -> list[list[tuple[float, float]]]:
 )
 def test_even_stages_wait_as_the_closed_form_says(stages: int, chunks: int, micro_batches: int, overlap: bool) -> None:
     """Bubble time (p - 1)(t_f + t_b) / v: Narayanan et al. 2021, section 2.2, if no message takes time."""
-    found = simulate(even(stages, chunks), micro_batches, 0.0, overlap=overlap)
+    pipeline = simulate(even(stages, chunks), micro_batches, 0.0, overlap=overlap)
     waiting = 3.0 * (stages - 1) / chunks
-    assert found.seconds == pytest.approx(3.0 * micro_batches + waiting)
-    assert found.busy == pytest.approx([3.0 * micro_batches] * stages)
-    assert found.bubble == pytest.approx(waiting / found.seconds)
+    assert pipeline.seconds == pytest.approx(3.0 * micro_batches + waiting)
+    assert pipeline.busy == pytest.approx([3.0 * micro_batches] * stages)
+    assert pipeline.bubble == pytest.approx(waiting / pipeline.seconds)
 
 
 def test_the_slowest_stage_sets_the_pace() -> None:
     passes = [[(1.0, 2.0)], [(1.5, 3.0)], [(1.0, 2.0)]]
-    found = simulate(passes, 6, 0.0)
+    pipeline = simulate(passes, 6, 0.0)
     # Its own passes, after the first stage's forward pass and before its last backward pass. It waits once: its two
     # forward passes end at 4.0, and the last stage's first gradient comes at 2.5 + 1.0 + 2.0.
-    assert found.seconds == pytest.approx(1.0 + 6 * 4.5 + 1.5 + 2.0)
+    assert pipeline.seconds == pytest.approx(1.0 + 6 * 4.5 + 1.5 + 2.0)
 
 
 def test_two_stages_by_hand() -> None:
     """Forward 1, backward 2, a message 0.5: F0 ->F1 B1 -> B0."""
-    found = simulate([[(1.0, 2.0)], [(1.0, 2.0)]], 1, 0.5, timeline=True)
-    assert found.seconds == pytest.approx(1 + 0.5 + 1 + 2 + 0.5 + 2)
-    passes = [[(s.kind, s.start, s.end) for s in spans if s.kind != "exchange"] for spans in found.spans]
+    pipeline = simulate([[(1.0, 2.0)], [(1.0, 2.0)]], 1, 0.5, timeline=True)
+    assert pipeline.seconds == pytest.approx(1 + 0.5 + 1 + 2 + 0.5 + 2)
+    passes = [[(s.kind, s.start, s.end) for s in spans if s.kind != "exchange"] for spans in pipeline.spans]
     assert passes == [[("forward", 0, 1), ("backward", 5, 7)], [("forward", 1.5, 2.5), ("backward", 2.5, 4.5)]]
-    assert found.exchanging == pytest.approx((1.0, 1.0))
+    assert pipeline.exchanging == pytest.approx((1.0, 1.0))
 
 
 @pytest.mark.parametrize("message", [0.0, 0.03])
@@ -54,10 +54,12 @@ def test_a_long_step_is_extrapolated_exactly(stages: int, chunks: int, overlap: 
     passes[0][0], passes[-1][-1] = (1.7, 2.9), (0.8, 3.1)
     for micro_batches in (10 * stages, 10 * stages + (1 if chunks == 1 else stages)):
         full = simulate(passes, micro_batches, message, overlap=overlap, timeline=True)
-        found = simulate(passes, micro_batches, message, overlap=overlap)
-        assert not found.spans and full.spans
-        assert found.ends == pytest.approx(full.ends, rel=1e-9)
-        assert found.busy == pytest.approx(full.busy) and found.exchanging == pytest.approx(full.exchanging, rel=1e-6)
+        extrapolated = simulate(passes, micro_batches, message, overlap=overlap)
+        assert not extrapolated.spans and full.spans
+        assert extrapolated.ends == pytest.approx(full.ends, rel=1e-9)
+        assert extrapolated.busy == pytest.approx(full.busy) and extrapolated.exchanging == pytest.approx(
+            full.exchanging, rel=1e-6
+        )
 
 
 def test_messages_in_the_background_cost_less() -> None:

@@ -148,11 +148,11 @@ def test_the_last_layer_computes_only_labels_after_its_attention() -> None:
     # A selection takes a gather more on ranks that share the sequence, of the head's rows.
     shared = problem_of(freeze=True).inputs(ONE._replace(tensor_model_parallel_size=2, sequence_parallel=True))
     shared = replace(shared, load=replace(shared.load, labels=1024.0))
-    found = spared_time(H100, shared.links, shared.sizes.llama, shared.load, 31, "bf16")
+    saving = spared_time(H100, shared.links, shared.sizes.llama, shared.load, 31, "bf16")
     gather = shared.links.tensor.gather
     # Scattered output of proj and fc2, gathered input of fc1.
     hand = 3 * (gather(2.0 * 4096 * 4096) - gather(2.0 * 1024 * 4096)) - gather(2.0 * 1024 * 4096)
-    assert found.forward_wait == pytest.approx(hand)
+    assert saving.forward_wait == pytest.approx(hand)
 
 
 def test_links_follow_the_order_of_the_ranks() -> None:
@@ -278,11 +278,13 @@ def test_a_measurement_is_a_hardware_file(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(measurement, "_SIZES", ((64, 256), (64,), (64, 256)))
     monkeypatch.setattr(measurement, "_SECONDS", 0.001)
     measurement.write_measurement(tmp_path / "here.yaml", measurement.measure_machine())
-    found = load_hardware(str(tmp_path / "here.yaml"))
-    assert isinstance(found, Hardware) and len(found.matrix_rates) == 4
-    assert found.memory_gb_per_s > 0 and found.node_gb_per_s > 0 and found.node_latency_us > 0
-    assert found.attention_forward_share > 0 and found.bf16_tflops == max(rate for *_, rate in found.matrix_rates)
-    assert matrix_seconds(found, 64, 64, 64, "fp32") > 0
+    hardware = load_hardware(str(tmp_path / "here.yaml"))
+    assert isinstance(hardware, Hardware) and len(hardware.matrix_rates) == 4
+    assert hardware.memory_gb_per_s > 0 and hardware.node_gb_per_s > 0 and hardware.node_latency_us > 0
+    assert hardware.attention_forward_share > 0 and hardware.bf16_tflops == max(
+        rate for *_, rate in hardware.matrix_rates
+    )
+    assert matrix_seconds(hardware, 64, 64, 64, "fp32") > 0
 
 
 def test_pack_load_is_hashable() -> None:

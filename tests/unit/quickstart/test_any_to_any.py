@@ -49,9 +49,9 @@ def test_training_samples_use_training_media_only(quickstart_folder: Path) -> No
 def test_held_out_questions_are_those_of_the_encoders(quickstart_folder: Path) -> None:
     media = quickstart_folder / "media"
     asked = [line for name in ("image", "audio") for line in map(json.loads, (media / f"{name}_held_out.jsonl").open())]
-    found = lines(quickstart_folder, "held_out")
-    assert [line["parts"][1:] for line in found] == [line["parts"][1:] for line in asked]
-    assert [media_of(line) for line in found] == [media_of(line) for line in asked]
+    questions = lines(quickstart_folder, "held_out")
+    assert [line["parts"][1:] for line in questions] == [line["parts"][1:] for line in asked]
+    assert [media_of(line) for line in questions] == [media_of(line) for line in asked]
 
 
 def test_answers_are_what_requests_ask_for(quickstart_folder: Path) -> None:
@@ -72,22 +72,22 @@ def test_answers_are_what_requests_ask_for(quickstart_folder: Path) -> None:
 def test_codes_are_stored_in_prompts_and_answers(quickstart_folder: Path) -> None:
     index = ShardIndex(str(quickstart_folder / "data" / "any_to_any_train"))
     assert len(index) == len(lines(quickstart_folder, "train"))
-    found = set()
+    stored = set()
     for number in range(len(index)):
         media = index.sample(number).media
         for part, item in zip(media, index.read_media(number, media, range(len(media)))):
             codes = np.load(io.BytesIO(item.data))
             kind = CodesKind.parse(part.modality)
             assert kind
-            found.add((kind.name, kind.role, codes.shape))
+            stored.add((kind.name, kind.role, codes.shape))
     shapes = {"picture": (1, 17), "sound": (2, 16)}
-    assert found == {(name, role, shape) for name, shape in shapes.items() for role in (PROMPT, ANSWER)}
+    assert stored == {(name, role, shape) for name, shape in shapes.items() for role in (PROMPT, ANSWER)}
 
 
 def test_requests_can_be_asked(quickstart_folder: Path) -> None:
-    found = lines(quickstart_folder, "requests")
-    assert Counter(line["asked"] for line in found).keys() == {"digit", "two digits", "video", "sound"}
-    for line in found:
+    requests = lines(quickstart_folder, "requests")
+    assert Counter(line["asked"] for line in requests).keys() == {"digit", "two digits", "video", "sound"}
+    for line in requests:
         assert open_parts(line, "line")
         assert all((quickstart_folder / "media" / name).is_file() for name in media_of(line))
         parse_sample({"messages": [*line["messages"], {"role": "assistant", "content": "x"}]}, "line")

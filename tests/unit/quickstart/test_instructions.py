@@ -82,9 +82,9 @@ def test_what_the_llama_answers_unasked_has_none_of_the_forms():
 
 @pytest.mark.parametrize("split", ["train", "held_out"])
 def test_conversations_are_samples_and_their_answers_true(split):
-    found = conversations(ALL, split)
-    assert {name.partition("_")[2] for name in found} == set(ins.KINDS)
-    for name, lines in found.items():
+    manifests = conversations(ALL, split)
+    assert {name.partition("_")[2] for name in manifests} == set(ins.KINDS)
+    for name, lines in manifests.items():
         kind, _, modality = name.partition("_")
         assert len({line["key"] for line in lines}) == len(lines)
         for line in lines:

@@ -42,12 +42,12 @@ def test_the_nearest_vector_is_found_and_passes_gradients_on() -> None:
     torch.manual_seed(0)
     quantizer, inputs = VectorQuantizer(7, 3).eval(), torch.randn(20, 3, requires_grad=True)
     quantizer.vectors.normal_()
-    found, distance = quantizer(inputs)
+    quantized, distance = quantizer(inputs)
     nearest = torch.cdist(inputs, quantizer.vectors).argmin(1)
-    torch.testing.assert_close(found, quantizer.vectors[nearest])
+    torch.testing.assert_close(quantized, quantizer.vectors[nearest])
     torch.testing.assert_close(distance, (quantizer.vectors[nearest] - inputs).square().mean())
     gradient = torch.randn(20, 3)
-    found.backward(gradient)
+    quantized.backward(gradient)
     torch.testing.assert_close(inputs.grad, gradient)
 
 
@@ -93,8 +93,8 @@ def test_the_first_code_tells_the_digit(scans: np.ndarray, weights: Path) -> Non
     model = picture_codes.PictureTokenizer(weights / picture_codes.WEIGHTS)._model
     small = torch.from_numpy(scans.reshape(-1, 1, 16, 2, 16, 2).mean((3, 5)) / 255).float()
     with torch.no_grad():
-        told = model.meaning(model.codebook.vectors[model.encode(small)[:, 0]]).argmax(1)
-    assert (told.numpy() == LABELS).mean() > 0.5
+        predictions = model.meaning(model.codebook.vectors[model.encode(small)[:, 0]]).argmax(1)
+    assert (predictions.numpy() == LABELS).mean() > 0.5
 
 
 def test_sounds_come_back(sounds: np.ndarray, weights: Path) -> None:

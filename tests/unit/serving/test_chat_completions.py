@@ -25,13 +25,17 @@ def served() -> Iterator[Served]:
 
 
 def test_a_whole_answer(served: Served) -> None:
-    found = served.post(ask()).json()
-    assert found["object"] == "chat.completion" and found["model"] == "tiny" and found["id"].startswith("chatcmpl-")
-    [choice] = found["choices"]
+    completion = served.post(ask()).json()
+    assert (
+        completion["object"] == "chat.completion"
+        and completion["model"] == "tiny"
+        and completion["id"].startswith("chatcmpl-")
+    )
+    [choice] = completion["choices"]
     assert choice["message"] == {"role": "assistant", "content": "one two three", "refusal": None}
     assert choice["finish_reason"] == "stop" and choice["index"] == 0
     # The header's two words (user, assistant), the marks, and the three words of the question.
-    counts = found["usage"]
+    counts = completion["usage"]
     assert counts["completion_tokens"] == 3
     assert counts["total_tokens"] == 3 + counts["prompt_tokens"] and counts["prompt_tokens"] > 3
 

@@ -76,8 +76,8 @@ def test_concurrent_clients_get_the_answers_of_each_request_alone(generator: Exp
         return text_of(chunks(reply.iter_lines())) if stream else reply.json()["choices"][0]["message"]["content"]
 
     with serving(generator) as served, ThreadPoolExecutor(64) as pool:
-        found = list(pool.map(client, range(64)))
-    assert found == [*expected, *expected]
+        answers = list(pool.map(client, range(64)))
+    assert answers == [*expected, *expected]
 
 
 BROKEN = {

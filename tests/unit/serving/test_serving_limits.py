@@ -161,8 +161,8 @@ def test_a_failure_ends_its_requests_and_the_server_recovers(stream: bool) -> No
     with serving(script) as served:
         script.failing = True
         reply = served.post(ask(stream=stream))
-        told = chunks(reply.iter_lines())[-1] if stream else reply.text
-        assert json.loads(told)["error"]["type"] == "server_error"
+        payload = chunks(reply.iter_lines())[-1] if stream else reply.text
+        assert json.loads(payload)["error"]["type"] == "server_error"
         assert stream or reply.status_code == 500
         assert httpx.get(f"{served.url}/health").status_code == 503
         script.failing = False

@@ -74,8 +74,8 @@ class Script:
     def run(self, *arguments: str, **environment: str) -> tuple[int, str]:
         """The exit code and the output."""
         process = self.start(*arguments, **environment)
-        said, _ = process.communicate(timeout=30)
-        return process.returncode, said
+        output, _ = process.communicate(timeout=30)
+        return process.returncode, output
 
     def calls(self, program: str) -> list[list[str]]:
         path = self.folder / program
@@ -107,8 +107,8 @@ TASK = {
     ],
 )
 def test_both_jobs_are_submitted(script: Script, given: list[str], folder: str) -> None:
-    code, said = script.run("--partition=cpu", "--time=60", "64", *given, "--max-bad-share", "0.5", "--text-only")
-    assert code == 0 and said == "parts: job 7 (1-64); joined by job 8\n"
+    code, output = script.run("--partition=cpu", "--time=60", "64", *given, "--max-bad-share", "0.5", "--text-only")
+    assert code == 0 and output == "parts: job 7 (1-64); joined by job 8\n"
     path = str(ROOT / "slurm" / "prepare.sh")
     parts, merge = script.calls("sbatch")
     options = ["--parsable", "--partition=cpu", "--time=60"]
@@ -119,7 +119,7 @@ def test_both_jobs_are_submitted(script: Script, given: list[str], folder: str) 
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("given", "expected_message"),
     [
         ([], "'' is not a number of parts"),
         (["0", "--index-only=f"], "'0' is not a number of parts"),
@@ -129,9 +129,9 @@ def test_both_jobs_are_submitted(script: Script, given: list[str], folder: str) 
         (["8", "--index-only=f", "--part=1/8"], "--part=1/8 is set for each job"),
     ],
 )
-def test_mistakes_submit_nothing(script: Script, given: list[str], said: str) -> None:
+def test_mistakes_submit_nothing(script: Script, given: list[str], expected_message: str) -> None:
     code, output = script.run(*given)
-    assert code == 2 and output.startswith(f"error: {said}") and output.count("\n") == 1
+    assert code == 2 and output.startswith(f"error: {expected_message}") and output.count("\n") == 1
     assert not script.calls("sbatch")
 
 
@@ -169,20 +169,20 @@ def stopped(script: Script, **environment: str) -> tuple[int, str]:
     while not script.calls("python") and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGUSR1)
-    said, _ = process.communicate(timeout=30)
-    return process.returncode, said
+    output, _ = process.communicate(timeout=30)
+    return process.returncode, output
 
 
 def test_a_task_at_its_time_limit_is_requeued(script: Script) -> None:
-    code, said = stopped(script)
-    assert code == 75 and "job 7_3: the time limit is near" in said
+    code, output = stopped(script)
+    assert code == 75 and "job 7_3: the time limit is near" in output
     # Only this task, not the whole array.
     assert script.calls("scontrol") == [["requeue", "7_3"]]
 
 
 def test_a_task_that_is_requeued_again_and_again(script: Script) -> None:
-    code, said = stopped(script, SLURM_RESTART_COUNT="20")
-    assert code == 2 and "error: restarted 20 times. Use more parts" in said and not script.calls("scontrol")
+    code, output = stopped(script, SLURM_RESTART_COUNT="20")
+    assert code == 2 and "error: restarted 20 times. Use more parts" in output and not script.calls("scontrol")
     (script.folder / "python").unlink()
-    code, said = stopped(script, STUB_SCONTROL="1")
-    assert code == 2 and "scontrol requeue failed. Submit the job again" in said
+    code, output = stopped(script, STUB_SCONTROL="1")
+    assert code == 2 and "scontrol requeue failed. Submit the job again" in output

@@ -124,8 +124,8 @@ class Job:
     def run(self, verb: str = "pretrain", *arguments: str, **environment: str) -> tuple[int, str]:
         """Run to the end; return the exit code and the output."""
         process = self.start(verb, *arguments, **environment)
-        said, _ = process.communicate(timeout=30)
-        return process.returncode, said
+        output, _ = process.communicate(timeout=30)
+        return process.returncode, output
 
     def signalled(self, part: str, number: signal.Signals, **environment: str) -> tuple[int, str]:
         """Like `run`, but send a signal to the script while it waits for `part`."""
@@ -137,8 +137,8 @@ class Job:
         if part != "launch":
             time.sleep(0.2)
             (self.folder / "go").touch()
-        said, _ = process.communicate(timeout=30)
-        return process.returncode, said
+        output, _ = process.communicate(timeout=30)
+        return process.returncode, output
 
     def calls(self, part: str) -> list[list[str]]:
         """Arguments of the Python calls for the run folder, the checks or the launcher."""
@@ -187,8 +187,8 @@ def test_arguments_arrive_as_they_were_given(job: Job, verb: str) -> None:
         "model.plugins=[a.py,b.py]",
         "+k=$HOME *",
     ]
-    code, said = job.run(verb, *given)
-    assert code == 0, said
+    code, output = job.run(verb, *given)
+    assert code == 0, output
     (launch,), (preflight,), (asked,) = job.calls("launch"), job.calls("preflight"), job.calls("run-dir")
     tail = [verb, f"--config-name={CONFIGS[verb]}", "trainer.num_nodes=2", "trainer.devices=8", *given]
     assert all(words[-len(tail) :] == tail for words in (launch, preflight, asked))
@@ -197,7 +197,7 @@ def test_arguments_arrive_as_they_were_given(job: Job, verb: str) -> None:
     assert {"--address=10.0.0.1", "--port=10015", "--nodes=n1,n2"} <= set(preflight)
     steps = [step.split() for step in (job.folder / "srun").read_text().split("\n\n")]
     assert {"--ntasks=16", "--ntasks-per-node=8"} <= set(steps[1]) and "--ntasks-per-node=1" in steps[2]
-    assert "the run is complete" in job.summary and job.summary in said + job.summary
+    assert "the run is complete" in job.summary and job.summary in output + job.summary
 
 
 @pytest.mark.parametrize(
@@ -242,8 +242,8 @@ def test_mistakes_end_with_2_before_anything_starts(
 ) -> None:
     if "PATH" in environment:
         environment = {**environment, "PATH": f"{job.bin}:{environment['PATH']}"}
-    code, said = job.run("pretrain", *arguments, **environment)
-    assert code == 2 and says in said
+    code, output = job.run("pretrain", *arguments, **environment)
+    assert code == 2 and says in output
     assert not job.calls("preflight") and not job.calls("launch") and not job.requeued
 
 
@@ -268,17 +268,17 @@ LEAD = "300 s before its end (--signal=B:USR1@300)"
 def test_a_time_limit_below_the_signals_lead_is_said_at_once(
     job: Job, limit: str, environment: dict[str, str], refused: str
 ) -> None:
-    code, said = job.run(STUB_TIME=limit or "?", **environment)
-    assert code == (2 if refused else 0), said
-    assert refused in said and ("sbatch --time=1:00:00" in said) == bool(refused)
+    code, output = job.run(STUB_TIME=limit or "?", **environment)
+    assert code == (2 if refused else 0), output
+    assert refused in output and ("sbatch --time=1:00:00" in output) == bool(refused)
     # The script does not even ask for the run folder.
     assert bool(job.calls("run-dir")) == (not refused) and not job.requeued
 
 
 def test_spare_nodes(job: Job) -> None:
     job.environment.update(SLURM_JOB_NUM_NODES="4", SLURM_JOB_NODELIST="n[1-4]")
-    code, said = job.run("pretrain", "model.seed=3", "--spare-nodes=2")
-    assert code == 0 and "on 2 node(s) and 2 spare node(s) (n[1-4]) x 8 process(es)" in said
+    code, output = job.run("pretrain", "model.seed=3", "--spare-nodes=2")
+    assert code == 0 and "on 2 node(s) and 2 spare node(s) (n[1-4]) x 8 process(es)" in output
     [[*launcher]] = job.calls("launch")
     assert "--nnodes=2" in launcher and "--node-rank=0" in launcher and "--spare" not in launcher
     assert not any(word.startswith("--spare-nodes") for word in launcher)
@@ -302,8 +302,8 @@ def test_the_first_node_says_how_a_run_with_spares_ended(job: Job) -> None:
     )
     (job.bin / "srun").write_text(stub)
     job.environment["SLURM_JOB_NUM_NODES"] = "3"
-    code, said = job.run("pretrain", "--spare-nodes=1", STUB_NODE="down")
-    assert code == 0 and job.requeued == 0, said
+    code, output = job.run("pretrain", "--spare-nodes=1", STUB_NODE="down")
+    assert code == 0 and job.requeued == 0, output
     assert job.run("pretrain", "--spare-nodes=1", STUB_LAUNCH="79")[0] == 79
     # Without spares, the job goes back into the queue.
     job.run("pretrain", STUB_NODE="down")
@@ -311,12 +311,12 @@ def test_the_first_node_says_how_a_run_with_spares_ended(job: Job) -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "said"),
+    ("number", "expected_message"),
     [("two", "--spare-nodes=two is not a number"), ("1", "--spare-nodes=1 leaves 1 of 2 node(s) to train on")],
 )
-def test_wrong_numbers_of_spares(job: Job, number: str, said: str) -> None:
+def test_wrong_numbers_of_spares(job: Job, number: str, expected_message: str) -> None:
     code, output = job.run("pretrain", f"--spare-nodes={number}")
-    assert code == 2 and said in output and not job.calls("launch")
+    assert code == 2 and expected_message in output and not job.calls("launch")
 
 
 def test_a_job_array_requeues_its_own_task_alone(job: Job) -> None:
@@ -330,33 +330,33 @@ def test_a_job_array_requeues_its_own_task_alone(job: Job) -> None:
 
 def test_a_missing_signal_is_said(job: Job) -> None:
     """The job is ended at its time limit without a signal beforehand."""
-    _, said = job.signalled("launch", signal.SIGTERM, STUB_TIME="00:00:30", ANYMAL_GRACE_SECONDS="-5")
-    assert "without a USR1" in said and "--signal=B:USR1@25" in said
-    _, said = job.signalled("launch", signal.SIGTERM)
-    assert "without a USR1" not in said
+    _, output = job.signalled("launch", signal.SIGTERM, STUB_TIME="00:00:30", ANYMAL_GRACE_SECONDS="-5")
+    assert "without a USR1" in output and "--signal=B:USR1@25" in output
+    _, output = job.signalled("launch", signal.SIGTERM)
+    assert "without a USR1" not in output
 
 
 def test_unfit_nodes_end_it(job: Job) -> None:
-    code, said = job.run(STUB_PREFLIGHT="2")
-    assert code == 2 and "n1 ok" in said and "n1 ok" in job.summary
+    code, output = job.run(STUB_PREFLIGHT="2")
+    assert code == 2 and "n1 ok" in output and "n1 ok" in job.summary
     assert not job.calls("launch") and not job.requeued
 
 
 @pytest.mark.parametrize("code", [1, 2, 76, 77, 78, 79, 80, 81, 137])
 def test_other_codes_end_the_job_and_say_why(job: Job, code: int) -> None:
     says = "error (rank 3): the disk is full"
-    done, said = job.run(STUB_LAUNCH=str(code), STUB_SAYS=says)
+    done, output = job.run(STUB_LAUNCH=str(code), STUB_SAYS=says)
     assert done == code and not job.requeued
     (line,) = [line for line in job.summary.splitlines() if "ended with" in line]
-    assert f"code {code}" in line and says in line and line in said
+    assert f"code {code}" in line and says in line and line in output
     assert says in (job.run_dir / "logs" / "slurm_7" / "n1.log").read_text()
 
 
 def test_every_exit_code_has_its_meaning(job: Job) -> None:
     for exit in Exit:
         asked = f'ANYMAL_HOME={ROOT}; source "{ROOT}/slurm/common.sh"; meaning {int(exit)}'
-        said = subprocess.run(["bash", "-c", asked], capture_output=True, text=True).stdout.strip()
-        assert said and "unknown" not in said, exit
+        meaning = subprocess.run(["bash", "-c", asked], capture_output=True, text=True).stdout.strip()
+        assert meaning and "unknown" not in meaning, exit
 
 
 def test_code_75_goes_back_into_the_queue(job: Job) -> None:
@@ -375,8 +375,8 @@ def test_a_lost_node_sends_it_back(job: Job, code: int, state: str, again: int) 
 
 
 def test_refused_requeue_is_said(job: Job) -> None:
-    code, said = job.run(STUB_LAUNCH="75", STUB_REQUEUE="1")
-    assert code == 75 and "scontrol requeue failed" in said and "submit the job again" in job.summary
+    code, output = job.run(STUB_LAUNCH="75", STUB_REQUEUE="1")
+    assert code == 75 and "scontrol requeue failed" in output and "submit the job again" in job.summary
 
 
 def test_three_stops_without_progress_end_it(job: Job) -> None:
@@ -391,25 +391,25 @@ def test_three_stops_without_progress_end_it(job: Job) -> None:
 
 
 def test_usr1_reaches_the_launcher(job: Job) -> None:
-    code, said = job.signalled("launch", signal.SIGUSR1)
-    assert code == 75 and job.requeued == 1 and "asked to stop" in job.summary, said
+    code, output = job.signalled("launch", signal.SIGUSR1)
+    assert code == 75 and job.requeued == 1 and "asked to stop" in job.summary, output
 
 
 @pytest.mark.parametrize("part", ["run-dir", "preflight"])
 def test_usr1_before_the_launcher(job: Job, part: str) -> None:
-    code, said = job.signalled(part, signal.SIGUSR1)
-    assert code == 75 and job.requeued == 1 and not job.calls("launch"), said
+    code, output = job.signalled(part, signal.SIGUSR1)
+    assert code == 75 and job.requeued == 1 and not job.calls("launch"), output
 
 
 def test_a_stop_that_takes_too_long(job: Job) -> None:
-    code, said = job.signalled("launch", signal.SIGUSR1, STUB_DEAF="1", ANYMAL_GRACE_SECONDS="30")
+    code, output = job.signalled("launch", signal.SIGUSR1, STUB_DEAF="1", ANYMAL_GRACE_SECONDS="30")
     # The launcher continues until Slurm ends it; here it exits by itself with code 0.
-    assert job.requeued == 1 and "did not stop within 30 s" in job.summary, (code, said)
+    assert job.requeued == 1 and "did not stop within 30 s" in job.summary, (code, output)
 
 
 def test_cancelled_jobs_stay_away(job: Job) -> None:
-    code, said = job.signalled("launch", signal.SIGTERM)
-    assert code == 75 and not job.requeued and "terminated from outside" in job.summary, said
+    code, output = job.signalled("launch", signal.SIGTERM)
+    assert code == 75 and not job.requeued and "terminated from outside" in job.summary, output
 
 
 def test_pyxis_and_apptainer(job: Job) -> None:
@@ -423,8 +423,8 @@ def test_pyxis_and_apptainer(job: Job) -> None:
     apptainer = job.bin / "apptainer"
     apptainer.write_text('#!/bin/bash\necho "$@" >> "$STUBS/apptainer"\nshift 7\nexec "$@"\n')
     apptainer.chmod(0o755)
-    code, said = job.run(**{**image, "ANYMAL_CONTAINER": "/images/a.sif"})
-    assert code == 0, said
+    code, output = job.run(**{**image, "ANYMAL_CONTAINER": "/images/a.sif"})
+    assert code == 0, output
     lines = (job.folder / "apptainer").read_text().splitlines()
     wanted = f"exec --nv --bind /data:/data --pwd {job.folder} /images/a.sif python -m megatron_anymal"
     assert len(lines) == 3 and all(line.startswith(wanted) for line in lines)

@@ -59,12 +59,12 @@ def most(run: RunSizes, one: Recompute) -> int:
 
 
 def test_candidates_go_from_nothing_to_every_layer() -> None:
-    found = candidates(RUN)
-    shares = [repeated_share(RUN, one) for one in found]
-    assert found[0] == Recompute() and found[-1] == Recompute("full", (), "block", 8)
+    recomputations = candidates(RUN)
+    shares = [repeated_share(RUN, one) for one in recomputations]
+    assert recomputations[0] == Recompute() and recomputations[-1] == Recompute("full", (), "block", 8)
     assert shares == sorted(shares) and shares[0] == 0 and shares[-1] == 1
-    assert {one.granularity for one in found} == {"", "selective", "full"}
-    assert found[1] == Recompute("selective", ("core_attn",))
+    assert {one.granularity for one in recomputations} == {"", "selective", "full"}
+    assert recomputations[1] == Recompute("selective", ("core_attn",))
 
 
 @pytest.mark.parametrize("attention", ["flash_attn", "transformer_engine", "sdpa"])
@@ -87,13 +87,13 @@ def test_what_does_not_fit_is_refused_in_one_line() -> None:
     memory = most(RUN, Recompute("full", (), "block", 8)) - 1
     with pytest.raises(ConfigError) as refused:
         choose(RUN, memory)
-    said = str(refused.value)
+    message = str(refused.value)
     stage = max((0, 1), key=lambda stage: held(RUN, stage, Recompute("full", (), "block", 8)).total)
     of = held(RUN, stage, Recompute("full", (), "block", 8))
-    assert "\n" not in said and f"pipeline stage {stage} holds {of.total / 1e9:.1f} GB" in said
+    assert "\n" not in message and f"pipeline stage {stage} holds {of.total / 1e9:.1f} GB" in message
     for text in (f"weights {of.weights / 1e9:.1f}", f"optimizer {of.optimizer / 1e9:.1f}", "model.memory_gb"):
-        assert text in said
-    assert "data.seq_length" in said and "model.tensor_model_parallel_size" in said
+        assert text in message
+    assert "data.seq_length" in message and "model.tensor_model_parallel_size" in message
 
 
 def test_a_method_that_megatron_core_cannot_run_is_refused() -> None:
@@ -123,8 +123,8 @@ def choose_with(config: RunConfig, sizes: list[int]) -> Any:
     auto_recompute.memory_to_fit = lambda memory_gb, devices: sizes[layout.rank]
     _, modalities = build_inputs(config.model, config.data)
     run = sizes_of(config, modalities)
-    chosen, said = fit_recompute(config.model, config.trainer.devices, run, layout.device)
-    return chosen.recompute_granularity, chosen.recompute_num_layers, said
+    chosen, log_line = fit_recompute(config.model, config.trainer.devices, run, layout.device)
+    return chosen.recompute_granularity, chosen.recompute_num_layers, log_line
 
 
 def test_the_smallest_card_decides_for_every_rank(config: RunConfig) -> None:
@@ -140,8 +140,8 @@ def test_the_smallest_card_decides_for_every_rank(config: RunConfig) -> None:
 def train_and_listen(config: RunConfig) -> dict[str, Any]:
     """Train, and also return the printed output."""
     with redirect_stdout(io.StringIO()) as heard:
-        found = train(config)
-    return {**found, "said": heard.getvalue()}
+        results = train(config)
+    return {**results, "said": heard.getvalue()}
 
 
 @pytest.mark.parametrize("trains", ["frozen", "trained", "lora"])
@@ -162,8 +162,8 @@ def test_a_chosen_recompute_changes_no_bit(stages: int, trains: str, config: Run
         auto = copy.deepcopy(config)
         auto.model.recompute_granularity, auto.model.memory_gb = "auto", memory_for(config, one)
         auto.exp_manager.explicit_log_dir = str(tmp_path / str(one))
-        found = run_ranks(stages, train_and_listen, auto)[0]
-        assert found["losses"] == without["losses"]
+        results = run_ranks(stages, train_and_listen, auto)[0]
+        assert results["losses"] == without["losses"]
         for name, weight in without["weights"].items():
-            np.testing.assert_array_equal(found["weights"][name], weight)
-        assert f"recompute {one} (" in found["said"]
+            np.testing.assert_array_equal(results["weights"][name], weight)
+        assert f"recompute {one} (" in results["said"]

@@ -98,8 +98,10 @@ def test_a_bad_sample_is_masked_as_if_it_had_been_left_out(config: RunConfig, tm
 def test_more_than_the_allowed_share_stops_the_run(config: RunConfig, tmp_path: Path) -> None:
     strict = run_in(tmp_path / "run", config, max_bad_share=0.12)
     strict.trainer.devices = 2
-    for said in run_ranks(2, refused, strict):
-        assert "1 of 8 samples" in said and "data.max_bad_share=0.12" in said and "skipped_samples.jsonl" in said
+    for message in run_ranks(2, refused, strict):
+        assert (
+            "1 of 8 samples" in message and "data.max_bad_share=0.12" in message and "skipped_samples.jsonl" in message
+        )
     [line] = ledger(tmp_path / "run")
     assert line["sample"] == "mix/s5"
 
@@ -124,9 +126,9 @@ def test_a_list_that_cannot_be_written_ends_no_run(config: RunConfig, tmp_path: 
     run = run_in(tmp_path / "run", config)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "skipped_samples.jsonl").symlink_to("/dev/full")
-    [said] = run_ranks(1, said_in_training, run)
+    [output] = run_ranks(1, said_in_training, run)
     assert len(losses(tmp_path / "run")) == 4
-    assert said.count("could not be recorded") == 2 and said.count("skipped mix/s5") == 2
+    assert output.count("could not be recorded") == 2 and output.count("skipped mix/s5") == 2
 
 
 def said_in_training(config: RunConfig) -> str:

@@ -167,8 +167,8 @@ def test_stale_features_are_never_used(config: RunConfig, tmp_path: Path) -> Non
     [second] = run_ranks(1, train, with_cache(other, tmp_path / "cache", tmp_path / "second"))
     same(off, second)
     run_ranks(1, planted, with_cache(config, tmp_path / "stale", tmp_path / "third"))
-    [said] = run_ranks(1, refused, with_cache(other, tmp_path / "stale", tmp_path / "fourth"))
-    assert "features of another encoder of 'image'" in said and "Delete the folder" in said
+    [message] = run_ranks(1, refused, with_cache(other, tmp_path / "stale", tmp_path / "fourth"))
+    assert "features of another encoder of 'image'" in message and "Delete the folder" in message
 
 
 def complaints(config: RunConfig, full: bool) -> tuple[dict[str, Any], str]:
@@ -189,13 +189,15 @@ def complaints(config: RunConfig, full: bool) -> tuple[dict[str, Any], str]:
 
 def test_a_full_disk_and_an_unusable_folder_are_warnings(config: RunConfig, tmp_path: Path) -> None:
     [off] = run_ranks(1, counting, config)
-    [(trained, said)] = run_ranks(1, complaints, with_cache(config, tmp_path / "cache", tmp_path / "full"), True)
+    [(trained, stderr)] = run_ranks(1, complaints, with_cache(config, tmp_path / "cache", tmp_path / "full"), True)
     same(off, trained)
-    assert said.count("warning") == said.count("features cannot be stored") == 1 and "No space left" in said
+    assert stderr.count("warning") == stderr.count("features cannot be stored") == 1 and "No space left" in stderr
     (tmp_path / "file").write_text("")
-    [(trained, said)] = run_ranks(1, complaints, with_cache(config, tmp_path / "file" / "x", tmp_path / "none"), False)
+    [(trained, stderr)] = run_ranks(
+        1, complaints, with_cache(config, tmp_path / "file" / "x", tmp_path / "none"), False
+    )
     same(off, trained)
-    assert said.count("warning") == 1 and "data.feature_cache.folder" in said
+    assert stderr.count("warning") == 1 and "data.feature_cache.folder" in stderr
     assert trained["encoded"] == off["encoded"]
 
 

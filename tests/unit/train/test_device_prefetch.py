@@ -45,7 +45,7 @@ class WrittenDown:
 
     def alive(self) -> int:
         gc.collect()
-        return sum(found() is not None for found in self.handed_out)
+        return sum(reference() is not None for reference in self.handed_out)
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 5])
@@ -124,12 +124,12 @@ def test_every_tensor_of_a_micro_batch_is_reached() -> None:
     one = micro_batch(1)
     one.branch, one.label_index = torch.zeros(1, 2, dtype=torch.int64), torch.tensor([1])
     one.media["image"].soft_index = torch.tensor([0])
-    found: list[torch.Tensor] = []
-    one.with_tensors(lambda tensor: found.append(tensor) or tensor)
+    tensors: list[torch.Tensor] = []
+    one.with_tensors(lambda tensor: tensors.append(tensor) or tensor)
     image = one.media["image"]
-    there = [one.tokens, one.labels, one.loss_mask, one.sample_positions, one.branch, one.label_index]
-    there += [image.pieces, image.token_index, image.soft_index]
-    assert {id(tensor) for tensor in found} == {id(tensor) for tensor in there}
+    expected = [one.tokens, one.labels, one.loss_mask, one.sample_positions, one.branch, one.label_index]
+    expected += [image.pieces, image.token_index, image.soft_index]
+    assert {id(tensor) for tensor in tensors} == {id(tensor) for tensor in expected}
 
 
 def test_the_side_stream_waits_for_the_computation_and_the_computation_for_it(monkeypatch: pytest.MonkeyPatch) -> None:

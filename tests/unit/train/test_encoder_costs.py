@@ -51,10 +51,10 @@ def with_clock(start: int, function: Any, config: RunConfig) -> Any:
 
 def agreed(config: RunConfig) -> tuple[dict[str, float], Any, list[list[int]], list[str]]:
     """In a rank: costs, packs and samples of a plan, and the messages."""
-    state, said = build(config, initialize(config)), []
-    agree_on_costs(state, Path(config.exp_manager.explicit_log_dir), said.append)
+    state, messages = build(config, initialize(config)), []
+    agree_on_costs(state, Path(config.exp_manager.explicit_log_dir), messages.append)
     plan = state.train_data.planner.plan(2)
-    return costs_of(state), plan.micro_batches, [plan.dataset.tolist(), plan.sample.tolist()], said
+    return costs_of(state), plan.micro_batches, [plan.dataset.tolist(), plan.sample.tolist()], messages
 
 
 def test_operations_are_those_of_the_encoders(config: RunConfig) -> None:
@@ -83,8 +83,8 @@ def test_costs_change_packs_but_not_samples(config: RunConfig) -> None:
         for modality, cost in zip(config.model.modalities.values(), costs):
             modality.cost_per_piece = cost
         check(config)
-        [(found, micro_batches, batch, said)] = run_ranks(1, agreed, config)
-        assert tuple(found.values()) == costs and said == []
+        [(modality_costs, micro_batches, batch, messages)] = run_ranks(1, agreed, config)
+        assert tuple(modality_costs.values()) == costs and messages == []
         packs.append(micro_batches)
         samples.append(batch)
     assert packs[0] != packs[1] and samples[0] == samples[1]
@@ -100,8 +100,8 @@ def test_measured_costs_are_those_of_rank_0_at_the_first_start(config: RunConfig
     assert again[:3] == first[:3]
     [other_layout] = run_ranks(1, with_clock, 1, agreed, alone)
     assert other_layout[0] == first[0] and other_layout[2] == first[2]
-    for (_, _, _, said), expected in ((first, "measured: image"), (again, f"from {FILE}: image")):
-        assert len(said) == 1 and said[0].startswith("encoder costs") and expected in said[0]
+    for (_, _, _, messages), expected in ((first, "measured: image"), (again, f"from {FILE}: image")):
+        assert len(messages) == 1 and messages[0].startswith("encoder costs") and expected in messages[0]
     # Without the file, the second start would have planned other packs.
     (Path(config.exp_manager.explicit_log_dir) / FILE).unlink()
     anew, _ = run_ranks(2, with_clock, 1, agreed, config)
@@ -157,15 +157,15 @@ def test_measuring_leaves_no_trace(config: RunConfig) -> None:
         before = torch.random.get_rng_state()
         encoders: Any = state.models[0].encoders
         weights = {name: value.clone() for name, value in encoders.state_dict().items()}
-        found = [seconds_per_piece(encoder, state.layout.device) for encoder in encoders.values()]
+        costs = [seconds_per_piece(encoder, state.layout.device) for encoder in encoders.values()]
         assert torch.equal(torch.random.get_rng_state(), before)
         for name, value in encoders.state_dict().items():
             assert torch.equal(value, weights[name]), name
         assert not any(p.grad is not None for p in encoders.parameters())
-        return found
+        return costs
 
-    [found] = run_ranks(1, measured, config)
-    assert len(found) == 3 and all(0 < seconds < 10 for seconds in found)
+    [costs] = run_ranks(1, measured, config)
+    assert len(costs) == 3 and all(0 < seconds < 10 for seconds in costs)
 
 
 @pytest.mark.parametrize(

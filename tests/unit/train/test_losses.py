@@ -202,11 +202,13 @@ def rank_over_context() -> tuple[float, dict[str, list[list[float]]]]:
 def test_context_parallel_ranks_give_the_loss_and_gradient_of_one_process() -> None:
     assert torch.equal(torch.cat(HELD).sort().values, torch.arange(20))
     loss, expected = step_over_context(torch.arange(20), lambda hidden: hidden, lambda x: x)
-    for found_loss, found in run_ranks(2, rank_over_context):
+    for found_loss, gradients in run_ranks(2, rank_over_context):
         assert found_loss == pytest.approx(loss, rel=1e-12)
         for name, gradient in expected.items():
             assert gradient.abs().max() > 1e-3
-            torch.testing.assert_close(torch.tensor(found[name], dtype=torch.float64), gradient, rtol=1e-10, atol=1e-13)
+            torch.testing.assert_close(
+                torch.tensor(gradients[name], dtype=torch.float64), gradient, rtol=1e-10, atol=1e-13
+            )
 
 
 # ----------------------------------------------------------------------------------------------------- DPO
@@ -291,12 +293,12 @@ def test_dpo_is_trl_s(smoothing: float, dtype: torch.dtype, tolerance: float) ->
 
     logged: dict[str, float] = defaultdict(float)
     for k in range(len(LENGTHS)):
-        here = slice(2 * k, 2 * k + 2)
-        loss, metrics_of_pair = trl_pair(policy[here], reference[here], 0.3, smoothing)
+        span = slice(2 * k, 2 * k + 2)
+        loss, metrics_of_pair = trl_pair(policy[span], reference[span], 0.3, smoothing)
         assert losses[k].item() == pytest.approx(loss.item(), rel=tolerance)
-        for found, expected in zip(gradients[here], torch.autograd.grad(loss, policy[here])):
+        for gradient, expected in zip(gradients[span], torch.autograd.grad(loss, policy[span])):
             assert expected.abs().min() > 1e-3
-            torch.testing.assert_close(found, expected, rtol=tolerance, atol=0)
+            torch.testing.assert_close(gradient, expected, rtol=tolerance, atol=0)
         for name, value in metrics_of_pair.items():
             logged[name] += value[0]
     assert named["pairs"] == 5
@@ -334,9 +336,9 @@ def test_dpo_metrics_add_up_over_micro_batches() -> None:
     numbers = torch.randn(4, 7, generator=generator)
     tokens = torch.randint(1, 9, (2, 7), generator=generator)
 
-    def metrics(here: slice) -> Tensor:
-        a, b, c, d = numbers[:, here]
-        return dpo_metrics(a, b, c, d, 0.1, tokens[:, here])
+    def metrics(span: slice) -> Tensor:
+        a, b, c, d = numbers[:, span]
+        return dpo_metrics(a, b, c, d, 0.1, tokens[:, span])
 
     whole = metrics(slice(0, 7))
     torch.testing.assert_close(metrics(slice(0, 3)) + metrics(slice(3, 3)) + metrics(slice(3, 7)), whole)

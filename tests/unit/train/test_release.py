@@ -102,8 +102,8 @@ def trained(config: RunConfig, fails_first: bool) -> dict[str, Any]:
 def test_a_run_that_builds_them_in_is_bit_identical(config: RunConfig) -> None:
     whole = copy.deepcopy(config)
     whole.exp_manager.explicit_log_dir += "_whole"
-    [expected], [found] = run_ranks(1, trained, whole, False), run_ranks(1, trained, config, True)
-    assert found.keys() == expected.keys() and all((found[name] == expected[name]).all() for name in found)
+    [expected], [weights] = run_ranks(1, trained, whole, False), run_ranks(1, trained, config, True)
+    assert weights.keys() == expected.keys() and all((weights[name] == expected[name]).all() for name in weights)
 
 
 def kept_after(config: RunConfig, change: str) -> bool:
@@ -121,9 +121,9 @@ def kept_after(config: RunConfig, change: str) -> bool:
         layout = replace(layout, tensor_rank=1)
     model = copy.deepcopy(config.model)
     kept = kept_weights.take(kept_weights.source(model, config.trainer.precision, layout))
-    found = {weight.data_ptr() for chunk in kept.llama for weight in chunk.values()}
-    assert not found or found == set(places.values())
-    return bool(found)
+    addresses = {weight.data_ptr() for chunk in kept.llama for weight in chunk.values()}
+    assert not addresses or addresses == set(places.values())
+    return bool(addresses)
 
 
 @pytest.mark.parametrize(

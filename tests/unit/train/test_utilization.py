@@ -99,38 +99,38 @@ def resampler_scores(pieces: float) -> float:
 
 
 def test_alignment_equals_torchs_counter(config: RunConfig) -> None:
-    [(counted, found, fused, pieces, size)] = run_ranks(1, one_step, config)
+    [(counted, operations, fused, pieces, size)] = run_ranks(1, one_step, config)
     # Frozen matrices of a pack that reaches a projector.
-    assert found.linears == pytest.approx(4 * matrices(*size), rel=1e-9)
+    assert operations.linears == pytest.approx(4 * matrices(*size), rel=1e-9)
     # megatron-core's linear layers compute their input's gradient even if it is a frozen encoder's features: those of a
     # sound are 11 frames of 8 channels, filled up to two groups of 6.
     unneeded = pieces["audio"] * 2 * 2 * (6 * 8) * HIDDEN
-    again = found.repeated - fused - resampler_scores(pieces["image"])
-    assert again == pytest.approx(0, abs=1e-6) and found.encoding > 0 and found.adapters == 0
+    again = operations.repeated - fused - resampler_scores(pieces["image"])
+    assert again == pytest.approx(0, abs=1e-6) and operations.encoding > 0 and operations.adapters == 0
     # The counter sees whole squares.
-    assert counted == pytest.approx(found.needed + found.attention + unneeded, rel=1e-9)
+    assert counted == pytest.approx(operations.needed + operations.attention + unneeded, rel=1e-9)
 
 
 def test_a_llama_that_trains_equals_torchs_counter(config: RunConfig, text_shards: str) -> None:
     config.model.modalities, config.model.language_model.freeze = {}, False
     config.data.train["mix"].path = text_shards
-    [(counted, found, fused, _, size)] = run_ranks(1, one_step, config)
-    assert found.linears == pytest.approx(6 * matrices(*size), rel=1e-9)
-    assert found.encoding == found.projectors == found.adapters == 0
+    [(counted, operations, fused, _, size)] = run_ranks(1, one_step, config)
+    assert operations.linears == pytest.approx(6 * matrices(*size), rel=1e-9)
+    assert operations.encoding == operations.projectors == operations.adapters == 0
     # Of the repeated operations only the head's logits.
-    assert counted == pytest.approx(found.needed + found.attention + found.repeated - fused, rel=1e-9)
-    assert found.repeated - fused == pytest.approx(found.head / 3)
+    assert counted == pytest.approx(operations.needed + operations.attention + operations.repeated - fused, rel=1e-9)
+    assert operations.repeated - fused == pytest.approx(operations.head / 3)
 
 
 def test_recomputation_equals_torchs_counter(config: RunConfig) -> None:
     model = config.model
     model.recompute_granularity, model.recompute_method, model.recompute_num_layers = "full", "block", 3
     [plain] = run_ranks(1, one_step, config_without_recompute(config))
-    [(counted, found, fused, _, (tokens, _))] = run_ranks(1, one_step, config)
-    assert found.needed == plain[1].needed
+    [(counted, operations, fused, _, (tokens, _))] = run_ranks(1, one_step, config)
+    assert operations.needed == plain[1].needed
     # The first three of four layers: their linear layers and both halves of the squares once more.
-    forward, linears = found.attention / 3, 3 * 2 * layer() * tokens
-    again = found.repeated - plain[1].repeated
+    forward, linears = operations.attention / 3, 3 * 2 * layer() * tokens
+    again = operations.repeated - plain[1].repeated
     assert again == pytest.approx(linears + 3 / 4 * forward, rel=1e-9)
     assert counted - plain[0] == pytest.approx(linears + 3 / 4 * 2 * forward, rel=1e-9)
     assert fused == pytest.approx((0.5 + 3 / 4) * forward)
@@ -141,9 +141,9 @@ def test_a_recomputed_last_layer_equals_torchs_counter(config: RunConfig) -> Non
     model = config.model
     model.recompute_granularity, model.recompute_method, model.recompute_num_layers = "full", "block", 4
     [plain] = run_ranks(1, one_step, config_without_recompute(config))
-    [(counted, found, _, _, size)] = run_ranks(1, one_step, config)
-    forward = found.attention / 3
-    assert found.repeated - plain[1].repeated == pytest.approx(2 * matrices(*size) + forward, rel=1e-9)
+    [(counted, operations, _, _, size)] = run_ranks(1, one_step, config)
+    forward = operations.attention / 3
+    assert operations.repeated - plain[1].repeated == pytest.approx(2 * matrices(*size) + forward, rel=1e-9)
     assert counted - plain[0] == pytest.approx(2 * matrices(*size) + 2 * forward, rel=1e-9)
 
 
@@ -167,12 +167,12 @@ def test_adapters_equal_torchs_counter(config: RunConfig, tokenizer_folder: str,
     config.job, config.model.lora, config.data.train["mix"].path = "sft", LoraConfig(r=2), data
     for modality in config.model.modalities.values():
         modality.projector.freeze = True
-    [(counted, found, fused, _, size)] = run_ranks(1, one_step, config)
+    [(counted, operations, fused, _, size)] = run_ranks(1, one_step, config)
     first = 2 * HIDDEN * (QUERIES + 2 * KEYS) * size[0]
-    assert found.linears == pytest.approx(4 * matrices(*size) - first, rel=1e-9)
+    assert operations.linears == pytest.approx(4 * matrices(*size) - first, rel=1e-9)
     unneeded = adapters_beyond(2, *size, 3)
-    assert found.adapters > 0 and found.repeated == pytest.approx(fused)
-    assert counted == pytest.approx(found.needed + found.attention + unneeded, rel=1e-9)
+    assert operations.adapters > 0 and operations.repeated == pytest.approx(fused)
+    assert counted == pytest.approx(operations.needed + operations.attention + unneeded, rel=1e-9)
 
 
 def test_preference_pairs_equal_torchs_counter(config: RunConfig, tokenizer_folder: str, tmp_path: Path) -> None:
@@ -182,14 +182,16 @@ def test_preference_pairs_equal_torchs_counter(config: RunConfig, tokenizer_fold
     config.model.dpo.share_prompt, config.model.restore_from_path = "never", str(tmp_path)
     for modality in config.model.modalities.values():
         modality.projector.freeze = True
-    [(counted, found, fused, pieces, size)] = run_ranks(1, one_step, config)
+    [(counted, operations, fused, pieces, size)] = run_ranks(1, one_step, config)
     first = 2 * HIDDEN * (QUERIES + 2 * KEYS) * size[0]
-    assert found.linears == pytest.approx(6 * matrices(*size) - first, rel=1e-9)
+    assert operations.linears == pytest.approx(6 * matrices(*size) - first, rel=1e-9)
     unneeded = adapters_beyond(2, *size, 4)
-    again = found.encoding_again + found.repeated - fused
-    assert found.encoding_again == found.encoding > 0 and found.repeated - fused == pytest.approx(found.projectors)
+    again = operations.encoding_again + operations.repeated - fused
+    assert operations.encoding_again == operations.encoding > 0 and operations.repeated - fused == pytest.approx(
+        operations.projectors
+    )
     assert set(pieces) == {"image"}
-    assert counted == pytest.approx(found.needed + found.attention + again + unneeded, rel=1e-9)
+    assert counted == pytest.approx(operations.needed + operations.attention + again + unneeded, rel=1e-9)
 
 
 def layer() -> int:

@@ -72,9 +72,9 @@ def test_checksums_of_any_bytes() -> None:
         for difference in (0, 65521, -65521, 1):
             stated = sum(block) + difference
             if 0 <= stated < 8**6:
-                found = parse_header(block[:148] + b"%06o\0 " % stated + block[156:])
+                header = parse_header(block[:148] + b"%06o\0 " % stated + block[156:])
                 signed = sum(byte - 256 * (byte > 127) for byte in block)
-                assert (found is not None) == (stated in (sum(block), signed))
+                assert (header is not None) == (stated in (sum(block), signed))
 
 
 def test_a_flipped_checksum_byte_loses_one_member_and_says_where() -> None:
@@ -207,7 +207,7 @@ def test_a_global_header_that_names_every_member_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("data", "said"),
+    ("data", "expected_message"),
     [
         (b"", "empty"),
         (b"\x1f\x8b" + bytes(600), "gzip"),
@@ -217,8 +217,8 @@ def test_a_global_header_that_names_every_member_is_refused() -> None:
         (b"short", "not a tar"),
     ],
 )
-def test_other_files_are_told_apart(data: bytes, said: str) -> None:
-    with pytest.raises(TarError, match=said):
+def test_other_files_are_told_apart(data: bytes, expected_message: str) -> None:
+    with pytest.raises(TarError, match=expected_message):
         walk(data)
 
 
