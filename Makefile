@@ -1,7 +1,7 @@
 PYTHON ?= python3.11
 # An environment for each Python: both lines of megatron-core can be installed side by side.
 VENV ?= .venv$(if $(filter python3.11,$(notdir $(PYTHON))),,-$(notdir $(PYTHON)))
-# The build for machines without CUDA; on a CUDA machine: make TORCH="torch==2.11.0" ...
+# A requirement for pip, whose variables (PIP_EXTRA_INDEX_URL, ...) choose the build: docs/start/install.md.
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -58,7 +58,7 @@ test-all: $(INSTALLED)
 	$(BIN)/python -m pytest $(ALONE) || failed=1; \
 	exit $$failed
 
-# About 40 minutes; writes docs/internals/parity.md and runs/parity.json.
+# About 45 minutes; writes docs/internals/parity.md and runs/parity.json.
 parity: $(INSTALLED)
 	PYTHONPATH=.:tests OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m parity
 

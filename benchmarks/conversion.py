@@ -39,7 +39,7 @@ from megatron_anymal.safetensors_io import SafetensorsWriter
 BAR = 0.70
 _SHARD = 1 << 30
 _RATE = re.compile(r"GB in ([\d.]+) s, ")
-_PEAKS = re.compile(r"memory beyond the start: ([\d,. ]+) MB")
+_PEAKS = re.compile(r"peak memory above the baseline at start: ([\d,. ]+) MB")
 
 
 @dataclass(frozen=True)

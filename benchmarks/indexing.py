@@ -229,10 +229,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print, and with `--out` write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shards", type=int, default=4)
-    parser.add_argument("--samples", type=int, default=1000, help="per shard")
+    parser.add_argument("--samples", type=int, default=1000, help="samples per shard")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--worker-shards", type=int, default=64, help="shards of the folder for one and two processes")
-    parser.add_argument("--worker-samples", type=int, default=4000, help="per shard")
+    parser.add_argument("--worker-samples", type=int, default=4000, help="samples of each of these shards")
     parser.add_argument("--worker-rounds", type=int, default=3)
     parser.add_argument("--rows", type=int, nargs=2, default=(100_000, 1_000_000), help="numbers of made-up samples")
     parser.add_argument("--energon", help="the command energon of an environment with megatron-energon")

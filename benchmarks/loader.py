@@ -232,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", action="append", choices=list(KINDS), help="a kind to measure; repeatable")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--samples", type=int, help="per round and kind, a multiple of its batch")
+    parser.add_argument("--samples", type=int, help="samples per round and kind, a multiple of its batch")
     parser.add_argument("--energon-python", default="", help="Python executable with megatron-energon installed")
     parser.add_argument("--out", help="JSON file for the results")
     arguments = parser.parse_args(argv)

@@ -159,7 +159,7 @@ def main(argv: list[str]) -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--turns", type=int, default=3, help="turns of each side, two or more")
-    parser.add_argument("--milliseconds", type=float, default=4.0, help="that a layer sleeps per token position")
+    parser.add_argument("--milliseconds", type=float, default=4.0, help="time that a layer sleeps per token position")
     parser.add_argument("--out", help="file for the results")
     arguments = parser.parse_args(argv)
     results = measured(arguments.turns, arguments.milliseconds / 1e3)

@@ -57,7 +57,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=400)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--latency", type=float, default=0.03, help="of each request, in seconds")
+    parser.add_argument("--latency", type=float, default=0.03, help="latency of each request, in seconds")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()

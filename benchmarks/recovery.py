@@ -48,7 +48,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4], help="ranks of each job; 1 is the floor")
     parser.add_argument("--kills", type=int, default=10, help="ranks killed in each job")
     parser.add_argument("--base-gb", type=float, default=0.0, help="size of a frozen Llama in fp32; 0: a tiny one")
-    parser.add_argument("--seed", type=int, default=0, help="of the ranks that are killed")
+    parser.add_argument("--seed", type=int, default=0, help="seed that decides which ranks are killed")
     parser.add_argument("--out", type=Path, help="write the results to this JSON file")
     options = parser.parse_args(arguments)
     if min(*options.processes, options.kills, 1) < 1:

@@ -2,5 +2,5 @@
 
 from megatron_anymal.log_filters import quiet_libraries
 
-# Before a command's own imports: some libraries speak when they are imported.
+# Before a command's own imports: some libraries print or log on import.
 quiet_libraries()

@@ -26,7 +26,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--encoder", action="append", default=[], metavar="NAME=FOLDER", help="also copy the encoder of modality NAME"
     )
-    parser.add_argument("--processes", type=int, default=min(os.cpu_count() or 1, 4), help="default: cores, up to 4")
+    parser.add_argument(
+        "--processes", type=int, default=min(os.cpu_count() or 1, 4), help="worker processes; default: cores, up to 4"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing CHECKPOINT")
     arguments = parser.parse_args(argv)
     try:

@@ -129,7 +129,7 @@ def attention_kernel(model: ModelConfig, precision: str) -> str:
 
 
 def attention_repeats(kernel: str) -> bool:
-    """Whether the backward pass of an attention kernel gives the same bits each time; see `attention_kernel`."""
+    """Whether the backward pass of an attention kernel repeats bit for bit; see `attention_kernel`."""
     return kernel != "transformer_engine" or os.environ.get("NVTE_ALLOW_NONDETERMINISTIC_ALGO") == "0"
 
 
@@ -160,8 +160,8 @@ def check_backend(model: ModelConfig, precision: str) -> None:
         _check_bitsandbytes()
     if model.dpo.share_prompt == "always" and transformer_impl(model) == "transformer_engine":
         raise ConfigError(
-            "model.dpo.share_prompt=always: Transformer Engine's attention cannot give one prompt to two answers. Set "
-            "model.transformer_impl=local, or model.dpo.share_prompt=auto."
+            "model.dpo.share_prompt=always: Transformer Engine's attention cannot share a prompt between two answers. "
+            "Set model.transformer_impl=local, or model.dpo.share_prompt=auto."
         )
     _check_attention(model, precision, machine)
     if (

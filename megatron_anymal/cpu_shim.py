@@ -1,4 +1,4 @@
-"""CPU shim: runs megatron-core 0.16 on CPUs over gloo.
+"""CPU shim: runs megatron-core on CPUs over gloo.
 
 This is the only module that pretends that CUDA is present. It is imported only if there is no CUDA device; the code
 above it is the same in both cases. It changes four things:

@@ -226,13 +226,15 @@ def _transformer_engine_state() -> str:
 
 
 def _determinism() -> list[Finding]:
-    """Whether the backward pass of Transformer Engine's attention repeats bit by bit; nothing without the package."""
+    """The table row on whether the backward pass of Transformer Engine's attention is bitwise reproducible; no row if
+    the package is not installed.
+    """
     if not is_importable("transformer_engine"):
         return []
     value = os.environ.get(_NONDETERMINISTIC, "0")
     state = OK if value == "0" else NOT_DETERMINISTIC
     fix = "" if state == OK else f"unset {_NONDETERMINISTIC}, unless you prefer the faster backward pass of attention"
-    cost = "a resumed run on GPUs does not repeat bit by bit"
+    cost = "a resumed run on GPUs does not repeat bit for bit"
     return [Finding(_NONDETERMINISTIC, value, state, False, cost, fix)]
 
 

@@ -65,7 +65,7 @@ check_time() {
     [[ $shown =~ TimeLimit=([0-9]+-)?([0-9]+):([0-9]+):([0-9]+) ]] || return 0
     local days=${BASH_REMATCH[1]%-}
     time_limit=$(( ((10#${days:-0} * 24 + 10#${BASH_REMATCH[2]}) * 60 + 10#${BASH_REMATCH[3]}) * 60 + 10#${BASH_REMATCH[4]} ))
-    (( time_limit > lead )) || mistake "the job's time limit is $time_limit s, and Slurm asks it to stop $lead s before its end (--signal=B:USR1@$lead): it would stop before it trains. Raise the time limit, as in sbatch --time=1:00:00, or have it asked later: --signal=B:USR1@60 with ANYMAL_GRACE_SECONDS=30."
+    (( time_limit > lead )) || mistake "the job's time limit is $time_limit s, and Slurm asks it to stop $lead s before its end (--signal=B:USR1@$lead): it would stop before it trains. Raise the time limit, as in sbatch --time=1:00:00, or have Slurm send the signal later: --signal=B:USR1@60 with ANYMAL_GRACE_SECONDS=30."
 }
 
 # Sets python (the command) and container (options of srun).

@@ -29,7 +29,7 @@ class Scripted(Generator):
     Attributes:
         gate: while it is cleared, no step is computed.
         failing: joins and steps raise.
-        largest: most prompts that were in the batch together.
+        largest: maximum number of prompts that were in the batch together.
     """
 
     kinds = ("image", "imu")

@@ -67,7 +67,7 @@ _SHOWN = (
     "model.neftune",
     "data.seq_length",
 )
-# Those that an alignment of model.multiplex has for itself.
+# Settings that each alignment of model.multiplex has separately.
 _OF_ALIGNMENTS = ("global_batch_size", "optim.lr", "optim.betas", "optim.weight_decay", "optim.sched")
 
 

@@ -80,7 +80,7 @@ def export(arguments: argparse.Namespace, folder: Path, out: Path) -> None:
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     moved = sum((out / name).stat().st_size for name in files)
-    print(f"memory beyond the start: {memory / 1e6:,.0f} MB")
+    print(f"peak memory above the baseline at start: {memory / 1e6:,.0f} MB")
     print(
         f"{out} written: {len(files)} weight file(s){', adapters ' + adapter if adapter else ''}, "
         f"{moved / 1e9:.2f} GB in {seconds:.1f} s, {moved / 1e6 / seconds:,.0f} MB/s"

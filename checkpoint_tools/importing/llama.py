@@ -182,8 +182,8 @@ def _write(processes: int, left: list[Unit], hf: LlamaConfig, weights: HFWeights
         progress.finish()
         largest = max(weights.entry(name).size for name in weights)
         print(
-            f"memory beyond the start: {', '.join(f'{peak / 1e6:,.0f}' for peak in sorted(peaks))} MB of {len(peaks)} "
-            f"process(es); the largest tensor has {largest / 1e6:,.0f} MB",
+            f"peak memory above the baseline at start: {', '.join(f'{peak / 1e6:,.0f}' for peak in sorted(peaks))} MB "
+            f"in {len(peaks)} process(es); the largest tensor has {largest / 1e6:,.0f} MB",
             flush=True,
         )
     return moved

@@ -206,7 +206,7 @@ def _chat(key: str, asked: list[dict[str, Any]], answer: list[dict[str, Any]]) -
 
 
 def _requests(folder: Path, amounts: AnyToAnyAmounts, rng: np.random.Generator) -> Iterator[Line]:
-    """Requests for media of which no sample has the answer: `asked` and `facts` say what it must show."""
+    """Requests without a reference answer: `asked` and `facts` describe what the answer must show."""
     for number in range(amounts.digit_requests):
         fact = DIGITS[number % len(DIGITS)]
         yield _request("digit", [fact], [{"text": pick(DRAW, rng).format(fact)}])

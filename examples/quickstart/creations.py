@@ -70,8 +70,9 @@ def judge(folder: Path) -> dict[str, Any]:
     Returns:
         "as_asked": kind of request -> share of the answers that show what was asked for: "digit", "two digits" (both,
         in this order), "video" (the same digit, moved on in its direction) and "sound". "answers": their number.
-        "grammatical": share of them whose items are complete; "grammatical_by_itself": of those that would be without
-        being held to the grammar. "judges": accuracy of the judges on the training media.
+        "grammatical": share of them whose items are complete; "grammatical_by_itself": share in which the likeliest
+        token always obeyed the grammar, even before it was enforced. "judges": accuracy of the judges on the training
+        media.
     """
     out, media = folder / "creations", folder / "media"
     rows = json.loads((out / "answers.json").read_text())

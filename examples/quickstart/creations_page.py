@@ -56,10 +56,10 @@ def any_to_any_section(folder: Path, report: Mapping[str, Any]) -> str:
         f"media), find what was asked for in {made['drawn_as_asked']:.1%} of the digits, "
         f"{made['two_drawn_as_asked']:.1%} of the pairs of digits, {made['videos_continued']:.1%} of the videos and "
         f"{made['sounds_as_asked']:.1%} of the sounds. {made['grammatical']:.1%} of {made['answers']} answers "
-        f"obey the grammar, {made['grammatical_by_itself']:.1%} by themselves. Of held-out questions, "
-        f"{made['understood']:.1%} about pictures and {made['sounds_understood']:.1%} about sounds are answered "
-        f"exactly, with encoders {report['modalities']['image']['accuracy']:.1%} and "
-        f"{report['modalities']['audio']['accuracy']:.1%}.</p>{_creations(folder)}"
+        f"obey the grammar; without enforcement, {made['grammatical_by_itself']:.1%} would. The model answers "
+        f"{made['understood']:.1%} of the held-out questions about pictures and {made['sounds_understood']:.1%} of "
+        f"those about sounds exactly; the model with encoders answers {report['modalities']['image']['accuracy']:.1%} "
+        f"and {report['modalities']['audio']['accuracy']:.1%}.</p>{_creations(folder)}"
     )
 
 

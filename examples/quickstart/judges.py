@@ -37,7 +37,7 @@ class DigitJudge:
 
         Args:
             picture: [height, width] uint8.
-            side: size to which it is made; SIDE for frames of videos, in which digits are smaller.
+            side: size to which it is resized; SIDE for frames of videos, in which digits are smaller.
         """
         return str(self._classifier.predict(_centred(picture, side)[None])[0])
 
@@ -88,7 +88,7 @@ def centre(picture: np.ndarray) -> np.ndarray:
 
 
 def _centred(picture: np.ndarray, side: int) -> np.ndarray:
-    """A picture resized to `side` and laid so that its light is in the middle of SIDE x SIDE, flat, in 0 to 1."""
+    """A picture resized to `side`, its centre of light moved to the middle of SIDE x SIDE; flattened, in 0 to 1."""
     resized = np.asarray(Image.fromarray(picture).resize((side, side), Image.Resampling.BOX), np.float32) / 255
     canvas = np.zeros((SIDE, SIDE), np.float32)
     canvas[:side, :side] = resized

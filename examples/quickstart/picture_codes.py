@@ -17,11 +17,12 @@ from examples.quickstart.corpus import DIGITS
 from examples.quickstart.vector_quantizer import VectorQuantizer, train_autoencoder
 from examples.quickstart.vision import scatter
 
-# Pictures are made grey and this large, and become 1 + GRID x GRID codes: of the whole, then of its parts.
+# Pictures are converted to greyscale, resized to SIDE x SIDE, and become 1 + GRID x GRID codes: one for the whole, then
+# those of the parts.
 SIDE, GRID = 16, 4
 CODES, WIDTH = 128, 16
 WEIGHTS = Path("runs/quickstart/picture_tokenizer.safetensors")
-# Weight of the distance to the codebook, as in the paper, and of the digit that codes are to tell.
+# Loss weights: commitment, as in the paper, and classification of the digit.
 COMMITMENT, MEANING = 0.25, 0.1
 
 
@@ -65,10 +66,10 @@ class PictureAutoencoder(nn.Module):
         return self._draw(self.codebook.vectors[codes.flatten()])
 
     def forward(self, pictures: Tensor, digits: Tensor) -> Tensor:
-        """The loss: distance of the pictures to their reconstructions, and of the features to the codebook; and whether
-        the first code tells the digit.
+        """The loss: distance of the pictures to their reconstructions, and of the features to the codebook; and the
+        classification of the digit by the first code.
 
-        As with MIO's tokenizers, codes carry a meaning beside the appearance: a Llama learns to read them sooner.
+        As with MIO's tokenizers, codes carry meaning as well as appearance, so a Llama learns to read them faster.
 
         Args:
             digits: [n], what the pictures show.

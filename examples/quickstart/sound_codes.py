@@ -1,6 +1,6 @@
 """The quickstart's tokenizer of sounds: a small codec, and the class that `anymal prepare --encode` loads.
 
-Its first codebook carries the content, the second one what is left.
+Its first codebook carries the content, the second one the residual.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-# Share of a vector's average that a training step keeps, and the average use below which a code starts again.
+# Decay of the moving averages, and the uses in 1 / (1 - DECAY) steps below which a code is reset.
 DECAY, LEAST_USE = 0.97, 0.5
 
 

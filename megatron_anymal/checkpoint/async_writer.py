@@ -204,8 +204,8 @@ class CheckpointWriter:
         )
         if verdict.error:
             self._say(
-                f"warning: {save.final} could not be written: {verdict.error}. Nothing older was deleted; the next "
-                "checkpoint is the next attempt."
+                f"warning: {save.final} could not be written: {verdict.error}. No older checkpoint was deleted; the "
+                "next save tries again."
             )
             self._record("save_failed", f"{save.final.name}: {verdict.error}", save)
             return

@@ -151,8 +151,8 @@ def _schedule(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]
     """Compare where the schedules end: at decay_steps or, if that is not set, at the last step."""
     old, new = _schedule_ends(saved), _schedule_ends(current)
     return [
-        f"the schedule's end ({key}.sched.decay_steps, or {last}) {old[key, last]} -> {new[key, last]}; "
-        f"{key}.sched.decay_steps={old[key, last]} keeps it"
+        f"the learning-rate schedule now ends at step {new[key, last]} instead of {old[key, last]} "
+        f"({key}.sched.decay_steps, or {last} if that is 0): set {key}.sched.decay_steps={old[key, last]} to keep it"
         for key, last in old
         if 0 not in (old[key, last], new.get((key, last), 0)) and old[key, last] != new[key, last]
     ]

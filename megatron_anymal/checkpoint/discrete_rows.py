@@ -47,8 +47,8 @@ def check_discrete_rows(model: ModelConfig, saved: Collection[str], folder: Path
     if not appended or theirs != ours[: len(theirs)]:
         raise CheckpointError(
             f"{str(folder)!r} has rows of marks and codes for {_described(theirs)}; with this run's "
-            f"{_described(ours)} they would be lost, or stand for others. Set model.discrete as in that run, in the "
-            "same order; further kinds of media follow, in a run that starts with model.restore_from_path."
+            f"{_described(ours)} they would be lost, or assigned to other marks and codes. Set model.discrete as in "
+            "that run, in the same order. To add kinds of media, append them in a new run with model.restore_from_path."
         )
     if model.discrete_rows == "none":
         raise CheckpointError(

@@ -3,9 +3,9 @@
 Without them, a resumed run would scale its first steps differently and diverge from the original run. Current scaling
 has no such state.
 
-Transformer Engine hands out and takes a module's state as a pickle of it and of its recipe, and unpickles it without
-restriction. A checkpoint stores the data alone, and the recipe is that of the run which loads it: nothing that a file
-says is unpickled, and a checkpoint refers to no class of another package.
+Transformer Engine exports and imports a module's state and its recipe as one pickle, and unpickles it without
+restriction. A checkpoint stores the data alone, and the recipe is that of the run which loads it, so nothing from the
+file is unpickled, and a checkpoint names no classes of other packages.
 """
 
 from __future__ import annotations

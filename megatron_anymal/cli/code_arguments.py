@@ -42,7 +42,11 @@ def add_code_arguments(parser: argparse.ArgumentParser) -> None:
 def add_item_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that decide what becomes of the codes in an answer."""
     group = parser.add_argument_group("files of media as codes")
-    group.add_argument("--media-out", metavar="FOLDER", help="write the media of answers into this folder")
+    group.add_argument(
+        "--media-out",
+        metavar="FOLDER",
+        help="write the media items of answers into this folder, decoded by --media-tokenizer, else as codes",
+    )
     group.add_argument(
         "--media-tokenizer",
         action="append",
@@ -55,7 +59,7 @@ def add_item_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME=RATE",
-        help="consecutive pictures of this name are frames of one video, so many per second",
+        help="consecutive pictures of this name become one video at RATE frames per second",
     )
 
 
@@ -82,7 +86,7 @@ def with_codes(
         known = (TEXT, *(sections or ())) if option == "--modalities" else tuple(sections or ())
         if sections is not None and (unknown := [name for name in names if name not in known]):
             raise ConfigError(
-                f"{option}: {unknown[0]!r} is not in the model.discrete of this model, which writes: "
+                f"{option}: {unknown[0]!r} is not in the model.discrete of this model, which can generate: "
                 f"{', '.join((TEXT, *sections))}."
             )
     return replace(sampling, modalities=modalities, codes=codes)

@@ -2,7 +2,7 @@
 
 A and B are checkpoints or exported folders, which answer the prompts first, or .jsonl files of answers as
 `anymal generate --out` writes them. The page that opens at the printed address asks which answer is better, and for the
-scores of three rubrics. Every judgement is on disk before the next one; the same command continues.
+scores of three rubrics. Each judgement is saved before the next one; run the same command again to continue.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("b", metavar="B", help="the other model, likewise")
     parser.add_argument("--prompts", required=True, help=".jsonl file: `parts` or `messages` on each line")
     parser.add_argument("--out", required=True, help="folder for judgements and results; an existing one is continued")
-    parser.add_argument("--port", type=int, default=0, help="of the page, on 127.0.0.1; default: a free one")
-    parser.add_argument("--order-seed", type=int, default=0, help="seed of which answer is shown first")
+    parser.add_argument("--port", type=int, default=0, help="port of the page, on 127.0.0.1; default: a free one")
+    parser.add_argument("--order-seed", type=int, default=0, help="seed that decides which answer is shown first")
     parser.add_argument("--report-only", action="store_true", help="write the results so far and do not serve the page")
     parser.add_argument("--export-pairs", metavar="FILE", help="write the choices as preference pairs, a manifest")
     add_loading_arguments(parser)

@@ -10,8 +10,8 @@ from megatron_anymal.config import ConfigError
 
 _DESCRIPTION = """Encode the media of all data sets of a run, and store the features in data.feature_cache.
 
-What is in the cache already is left out, so that an interrupted command continues if it is started again. Runs on the
-CPU, or on this machine's GPUs if there are any: features of the other kind of device are not used."""
+Pieces that are already in the cache are skipped, so an interrupted command can simply be run again. Encodes on this
+machine's GPUs, or on its CPU if it has none: a run on GPUs does not use features computed on a CPU, nor vice versa."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -26,13 +26,13 @@ def main(argv: Sequence[str]) -> int:
     config = compose(arguments.config_name, folder, arguments.overrides).config
     check(config)
     if not config.data.feature_cache.gib:
-        raise ConfigError("data.feature_cache.gib is 0, so there is no cache to fill. Set it.")
+        raise ConfigError("data.feature_cache.gib is 0, so there is no cache to fill. Set it above 0.")
     from megatron_anymal.train.encode_ahead import fill
 
     filled = fill(config, arguments.processes, lambda text: print(text, file=sys.stderr, flush=True))
     for line in filled.bad[:10]:
         print(f"warning: {line}", file=sys.stderr)
-    print(f"{filled.encoded} pieces encoded, {filled.present} were there, {len(filled.bad)} samples cannot be read")
+    print(f"{filled.encoded} pieces encoded, {filled.present} already cached, {len(filled.bad)} samples cannot be read")
     return 0
 
 
@@ -44,9 +44,11 @@ def _parser() -> argparse.ArgumentParser:
         usage="anymal encode --config-name NAME [options] [key=value ...]",
     )
     parser.add_argument("--config-name", required=True, metavar="NAME", help="the run's configuration")
-    parser.add_argument("--config-path", metavar="FOLDER", help="its folder (default: nemo_configs)")
+    parser.add_argument(
+        "--config-path", metavar="FOLDER", help="configuration folder; default: the shipped nemo_configs"
+    )
     parser.add_argument(
         "--processes", type=int, default=1, metavar="NUMBER", help="processes that decode and encode (default: 1)"
     )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes of the configuration")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the configuration")
     return parser

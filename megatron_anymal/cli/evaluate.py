@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
     kind, others = ("task", _OF_PREPARED) if arguments.task else ("data", _OF_TASKS)
     for name in others:
         if getattr(arguments, name):
-            raise ConfigError(f"--{name.replace('_', '-')} does not go with --{kind}. Remove it.")
+            raise ConfigError(f"--{name.replace('_', '-')} cannot be combined with --{kind}. Remove it.")
     if arguments.task:
         return evaluate_tasks(arguments)
     arguments.max_new_tokens = arguments.max_new_tokens or Sampling().max_new_tokens
@@ -103,7 +103,9 @@ def _evaluate_prepared(arguments: argparse.Namespace, sampling: Sampling) -> int
             result.setdefault("rejected", {})[name] = dict(rejected.most_common())
         if generator.reports:
             for modality, s in scores.items():
-                grammar = f", grammatical by itself: {s.grammatical / s.samples:.1%}" if generator.discrete else ""
+                grammar = (
+                    f", grammatical without enforcement: {s.grammatical / s.samples:.1%}" if generator.discrete else ""
+                )
                 exact = f"{s.accuracy:7.1%} of {s.samples} exact (guessing: {s.chance:.1%})"
                 print(f"{name:10s} {modality:8s} {exact}{grammar}")
     for generator in dict.fromkeys(generator for generator, _ in runs.values()):

@@ -111,7 +111,7 @@ def _job(text: str, arguments: argparse.Namespace) -> _Job:
     name, equals, folder = text.partition("=")
     task = find_task(name, arguments.task_folder or ())
     if not equals and not arguments.data_root:
-        raise ConfigError(f"--task {name}: where are its data? Use --task {name}=FOLDER, or --data-root.")
+        raise ConfigError(f"--task {name}: no data folder given. Use --task {name}=FOLDER, or --data-root.")
     for metric in arguments.without_metric:
         require_known(metric, METRICS, "--without-metric")
     likelihood = bool(task.candidates) or (arguments.likelihood and "choice_likelihood" in task.metrics)

@@ -82,7 +82,7 @@ def _print(
     from megatron_anymal.generation.answers import Stream
     from megatron_anymal.generation.chat import show
 
-    # On all processes if there are checks of what is shown, which are collective.
+    # With integrity checks, all ranks must stream: the checks are collective.
     watched = arguments.stream and (generator.reports or arguments.integrity)
     stream = Stream(show if generator.reports else _hide) if watched else None
     replies = generator.replies(prompts, sampling, arguments.batch_size, stream)

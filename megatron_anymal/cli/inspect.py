@@ -69,8 +69,10 @@ def _parser() -> argparse.ArgumentParser:
         "--sample", action="append", default=[], metavar="KEY_OR_NUMBER", help="only show this sample; may be repeated"
     )
     parser.add_argument("--html", metavar="FILE", help="write a page with samples and packs of the run to this file")
-    parser.add_argument("--samples", type=int, help="with --html: the first so many samples of the step (8)")
-    parser.add_argument("--step", type=int, help="with --html: the step to show, counted from 1 (1)")
+    parser.add_argument(
+        "--samples", type=int, help="with --html: number of samples to show, from the step's first (default: 8)"
+    )
+    parser.add_argument("--step", type=int, help="with --html: the step to show, counted from 1 (default: 1)")
     parser.add_argument("--limit", type=int, help="read only the first LIMIT samples of each folder")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="threads that read and decode")
     parser.add_argument("--config-name", "-cn", help="the run whose modalities and lengths to use")

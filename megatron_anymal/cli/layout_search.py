@@ -75,7 +75,10 @@ def _check_numbers(arguments: argparse.Namespace) -> None:
     if arguments.html and not Path(arguments.html).resolve().parent.is_dir():
         raise ConfigError(f"--html={arguments.html}: there is no folder {Path(arguments.html).resolve().parent}.")
     if arguments.data and (arguments.sample_tokens or arguments.label_share):
-        raise ConfigError("--sample-tokens and --label-share replace an index: they exclude --data. Give one of them.")
+        raise ConfigError(
+            "--sample-tokens and --label-share replace an index, so they cannot be combined with --data. Remove "
+            "--data, or the others."
+        )
 
 
 def _search(arguments: argparse.Namespace, gpu: Hardware) -> int:
@@ -88,8 +91,8 @@ def _search(arguments: argparse.Namespace, gpu: Hardware) -> int:
     config = compose(arguments.config_name, folder, arguments.overrides).config
     if config.model.multiplex:
         raise ConfigError(
-            "anymal plan knows no alignments that end at different steps, as those of model.multiplex do. Plan the one "
-            "with the largest global batch, with the configuration that runs it alone."
+            "anymal plan does not support alignments that end at different steps (model.multiplex). Plan the one with "
+            "the largest global batch, with the configuration that runs it alone."
         )
     job = with_job_size(config, arguments.gpus, arguments.nodes_of or gpu.node_gpus)
     check(with_kept_layout(job, arguments.keep))
@@ -180,7 +183,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--config-path", "-cp", help="configuration folder; default: the shipped nemo_configs")
     parser.add_argument("--gpus", type=int, metavar="NUMBER", help="number of GPUs of the job")
     parser.add_argument("--gpu", metavar="NAME", help=f"{', '.join(known_gpus())}, or a file of --measure")
-    parser.add_argument("--nodes-of", type=int, metavar="NUMBER", help="GPUs of a node (default: the GPU's usual)")
+    parser.add_argument(
+        "--nodes-of", type=int, metavar="NUMBER", help="GPUs per node (default: the usual number for this GPU)"
+    )
     parser.add_argument(
         "--data", action="append", default=[], metavar="FOLDER", help="take document lengths from this folder's index"
     )

@@ -40,12 +40,14 @@ def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that say how a model is loaded."""
     native = parser.add_argument_group("training checkpoints")
     native.add_argument(FLAG, action="store_true", default=None, help="import the plug-ins that the checkpoint names")
-    native.add_argument("--tensor-model-parallel-size", type=int, help="default: all processes")
-    native.add_argument("--pipeline-model-parallel-size", type=int, help="default: 1")
+    native.add_argument("--tensor-model-parallel-size", type=int, help="tensor-parallel size; default: all processes")
+    native.add_argument("--pipeline-model-parallel-size", type=int, help="pipeline-parallel size; default: 1")
     exported = parser.add_argument_group("exported folders")
     exported.add_argument("--trust-remote-code", action="store_true", default=None, help="run the code in the folder")
-    exported.add_argument("--device", help="default: cuda if available, else cpu")
-    exported.add_argument("--dtype", choices=DTYPES, help="default: auto, the dtype of the folder")
+    exported.add_argument("--device", help="device of the model; default: cuda if available, else cpu")
+    exported.add_argument(
+        "--dtype", choices=DTYPES, help="dtype of the weights; default: auto, the dtype of the folder"
+    )
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:

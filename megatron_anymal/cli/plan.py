@@ -14,8 +14,9 @@ from megatron_anymal.planning.measured_run import MeasuredRun, measure
 
 _GOODPUT = """Share of the time that goes into steps that are kept, with failures, and the save interval to choose.
 
-Failures are exponential; they happen in recoveries too, and one during the writing of a save loses it. The ratio is
-exact under these assumptions: docs/operations/goodput.md derives it and names the sources of the defaults."""
+Times between failures are exponentially distributed. A failure can also hit a recovery, and one that hits while a save
+is being written loses that save. The ratio is exact under these assumptions: docs/operations/goodput.md derives it and
+names the sources of the defaults."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -42,7 +43,7 @@ def _goodput_parser() -> argparse.ArgumentParser:
         metavar="NUMBER",
         help=f"number of GPUs; may be repeated (default: those of --run, or {', '.join(map(str, GPUS))})",
     )
-    parser.add_argument("--run", metavar="FOLDER", help="take what is not given from this run's folder")
+    parser.add_argument("--run", metavar="FOLDER", help="read the inputs that are not given from this run's folder")
     for item in INPUTS:
         parser.add_argument(item.option, type=int if item.whole else float, metavar=item.unit, help=_help(item))
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -57,7 +58,7 @@ def _help(item: Input) -> str:
 def _goodput(arguments: argparse.Namespace) -> int:
     """Print the expected goodput for each number of GPUs."""
     if arguments.mtbf_per_gpu_hours is not None and arguments.mtbf_per_node_hours is not None:
-        raise ConfigError("--mtbf-per-gpu-hours and --mtbf-per-node-hours exclude each other. Give one.")
+        raise ConfigError("--mtbf-per-gpu-hours and --mtbf-per-node-hours are mutually exclusive. Give one.")
     run = measure(Path(arguments.run)) if arguments.run else MeasuredRun()
     gpus = arguments.gpus or ([run.processes] if run.processes else list(GPUS))
     for number in gpus:

@@ -124,19 +124,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--rebuild",
         action="store_true",
-        help="with shards that are indexed in place: read all, also those that the folder's index has unchanged",
+        help="with shards that are indexed in place: read all shards again, even those that have not changed",
     )
     parser.add_argument(
         "--workers",
         type=int,
         default=os.cpu_count() or 1,
-        help="most processes that index shards; a small folder is indexed by fewer (default: the number of cores)",
+        help="maximum number of indexing processes; a small folder is indexed by fewer (default: the number of cores)",
     )
     parser.add_argument(
         "--max-bad-share",
         type=float,
         default=0.01,
-        help="stop above this share of samples left out, or of unreadable bytes (default 0.01)",
+        help="stop above this share of samples left out, or of unreadable bytes (default: 0.01)",
     )
     parser.add_argument(
         "--members",
@@ -148,9 +148,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--text-only",
         action="store_true",
-        help="keep samples of a .txt alone in a folder that also has samples with media",
+        help="keep samples that consist of a .txt alone, in a folder that also has samples with media",
     )
-    parser.add_argument("--modality", action="append", default=[], metavar="ENDING=KIND", help="for example npy=imu")
+    parser.add_argument(
+        "--modality",
+        action="append",
+        default=[],
+        metavar="ENDING=KIND",
+        help="kind of media in members with this ending, for example npy=imu",
+    )
     parser.add_argument(
         "--attribute",
         action="append",

@@ -47,19 +47,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", help="with --manifest and --from: the folder to create")
     parser.add_argument("--media", type=Path, metavar="FOLDER", help="with --from: folder of the media files")
     parser.add_argument(
-        "--captions", choices=CAPTION_CHOICES, help="with --from coco or clotho: which captions of a medium (each)"
+        "--captions",
+        choices=CAPTION_CHOICES,
+        help="with --from coco or clotho: which captions to use per media item (default: each)",
     )
     parser.add_argument(
         "--column",
         action="append",
         default=[],
         metavar="ROLE=NAME",
-        help="with --from huggingface or sharegpt: for example image=picture or text=caption",
+        help="with --from huggingface or sharegpt: the column for a role, for example image=picture or text=caption",
     )
-    parser.add_argument("--split", help="with --from energon (train) or huggingface: which split")
-    parser.add_argument("--narrations", type=Path, metavar="FILE", help="with --from ego4d-imu: the texts")
+    parser.add_argument("--split", help="with --from energon (default: train) or huggingface: split to read")
+    parser.add_argument("--narrations", type=Path, metavar="FILE", help="with --from ego4d-imu: file of the texts")
     parser.add_argument(
-        "--window", type=float, metavar="SECONDS", help="with --from ego4d-imu: length around a narration (5)"
+        "--window",
+        type=float,
+        metavar="SECONDS",
+        help="with --from ego4d-imu: length of the signal around a narration (default: 5)",
     )
     parser.add_argument(
         "--filter",

@@ -64,25 +64,40 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "checkpoint", metavar="FOLDER", help="folder of an export, of a training checkpoint, or of a run"
     )
-    parser.add_argument("--host", default=_HOST, help=f"default: {_HOST}, this machine only")
-    parser.add_argument("--port", type=int, default=_PORT, help=f"default: {_PORT}; 0: a free one")
+    parser.add_argument("--host", default=_HOST, help=f"address to listen on; default: {_HOST}, this machine only")
+    parser.add_argument("--port", type=int, default=_PORT, help=f"port to listen on; default: {_PORT}; 0: a free one")
     parser.add_argument("--model-name", default="", help="name of the model in requests; default: the folder's name")
     limits = parser.add_argument_group("limits")
-    limits.add_argument("--max-batch", type=int, default=64, help="most answers computed together; default: 64")
-    limits.add_argument("--max-queue", type=int, default=64, help="most requests that wait, then 429; default: 64")
-    limits.add_argument("--max-new-tokens", type=int, default=512, help="most tokens of an answer; default: 512")
+    limits.add_argument(
+        "--max-batch", type=int, default=64, help="maximum number of answers computed together; default: 64"
+    )
+    limits.add_argument(
+        "--max-queue",
+        type=int,
+        default=64,
+        help="maximum number of waiting requests; further ones get 429; default: 64",
+    )
+    limits.add_argument(
+        "--max-new-tokens", type=int, default=512, help="maximum number of tokens in an answer; default: 512"
+    )
     limits.add_argument(
         "--max-cache-tokens",
         type=int,
         default=131_072,
-        help="most tokens in the key-value cache: answers in the batch times the longest; default: 131072",
+        help="maximum number of tokens in the key-value cache: answers in the batch times the longest; default: 131072",
     )
     limits.add_argument("--max-body-mb", type=float, default=32.0, help="largest request in MiB; default: 32")
     limits.add_argument(
-        "--client-timeout", type=float, default=30.0, help="seconds without progress of a client; default: 30"
+        "--client-timeout",
+        type=float,
+        default=30.0,
+        help="seconds for which a client may neither send nor read anything; default: 30",
     )
     limits.add_argument(
-        "--shutdown-seconds", type=float, default=30.0, help="for running requests after SIGTERM; default: 30"
+        "--shutdown-seconds",
+        type=float,
+        default=30.0,
+        help="seconds that running requests get to finish after SIGTERM; default: 30",
     )
     add_integrity_argument(parser)
     add_loading_arguments(parser)

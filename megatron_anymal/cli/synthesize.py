@@ -1,7 +1,7 @@
 """`anymal synthesize`: conversations about media, written by a language model from captions, objects and boxes.
 
-The server is any that has OpenAI's chat completions, such as vLLM or `transformers serve`. Every result is on disk
-before the next one; the same command continues. The output is a manifest for `anymal prepare`.
+The server is any that has OpenAI's chat completions, such as vLLM or `transformers serve`. Each result is saved
+before the next one; run the same command again to continue. The output is a manifest for `anymal prepare`.
 """
 
 from __future__ import annotations
@@ -64,11 +64,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", help=".jsonl manifest to write; its journal lies next to it")
     parser.add_argument("--list-tasks", action="store_true", help="show the kinds of conversations and exit")
     parser.add_argument("--concurrency", type=int, default=8, help="requests at a time")
-    parser.add_argument("--attempts", type=int, default=2, help="answers to ask for until one has the right form")
+    parser.add_argument(
+        "--attempts", type=int, default=2, help="maximum number of answers to request until one is well-formed"
+    )
     parser.add_argument("--timeout", type=float, default=120.0, help="seconds for one request")
-    parser.add_argument("--retries", type=int, default=6, help="repetitions of a request that fails")
+    parser.add_argument("--retries", type=int, default=6, help="retries of a request that fails")
     parser.add_argument("--temperature", type=float, default=0.7)
-    parser.add_argument("--max-tokens", type=int, default=1024, help="longest answer")
+    parser.add_argument("--max-tokens", type=int, default=1024, help="maximum number of tokens in an answer")
     parser.add_argument(
         "--api-key-env", metavar="NAME", default="OPENAI_API_KEY", help="environment variable that holds the API key"
     )

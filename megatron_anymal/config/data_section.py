@@ -62,7 +62,7 @@ class StageConfig:
 
 @dataclass
 class LimitsConfig:
-    """Largest accepted inputs. Anything larger is rejected by name: left out of an index, or skipped in training.
+    """Largest accepted inputs. Anything larger is left out of an index, or skipped in training, and reported by name.
 
     With the defaults, the worst accepted sample adds at most 512 MiB to a loader process.
     """
@@ -95,7 +95,7 @@ class StorageConfig:
     """Reading of datasets on object storage: folders given by an address such as `s3://bucket/folder`."""
 
     attempts: int = 6
-    """Requests for the same bytes before the run stops. The pauses between them double from 0.5 s to 30 s, with
+    """Attempts to read the same bytes before the run stops. The pauses between them double from 0.5 s to 30 s, with
     jitter."""
     timeout_seconds: float = 30.0
     """Longest time for one request of at most 8 MiB, in seconds."""

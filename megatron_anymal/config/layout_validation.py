@@ -127,8 +127,8 @@ def _check_fp8(model: ModelConfig) -> None:
         )
     if model.fp8 and model.fp4:
         raise ConfigError(
-            f"model.fp8={model.fp8} and model.fp4={model.fp4} exclude each other: a product has one format. Set one of "
-            "them to ''."
+            f"model.fp8={model.fp8} and model.fp4={model.fp4} are mutually exclusive: a matmul has one format. Set one "
+            "of them to ''."
         )
     if model.fp8_primary_weights and model.fp8_recipe == "mxfp8":
         raise ConfigError(
@@ -157,8 +157,8 @@ def _check_base_quantization(model: ModelConfig) -> None:
     if model.fp8 or model.fp4:
         other = f"model.fp8={model.fp8}" if model.fp8 else f"model.fp4={model.fp4}"
         raise ConfigError(
-            f"model.base_quantization={name} and {other} exclude each other: FP8 and NVFP4 need Transformer Engine's "
-            "layers, which do not compute with NF4 weights. Set one of them to ''."
+            f"model.base_quantization={name} and {other} are mutually exclusive: FP8 and NVFP4 need Transformer "
+            "Engine's layers, which do not compute with NF4 weights. Set one of them to ''."
         )
     if model.transformer_impl == "transformer_engine":
         raise ConfigError(

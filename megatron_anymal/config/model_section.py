@@ -150,8 +150,8 @@ class DpoConfig:
 """
     share_prompt: str = "auto"
     """Compute the prompt of a pair, media included, once for both answers: `auto` (if results stay the same up to
-    rounding), `always` (also with model.neftune and model.lora.dropout, whose random numbers the prompt then has once)
-    or `never`. Needs an attention other than Transformer Engine's."""
+    rounding), `always` (even with model.neftune or model.lora.dropout; both answers then share the prompt's random
+    numbers) or `never`. Needs an attention other than Transformer Engine's."""
 
 
 @dataclass

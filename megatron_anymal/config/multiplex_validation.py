@@ -92,8 +92,8 @@ def _check_replaced(trainer: TrainerConfig, model: ModelConfig) -> None:
             )
     if trainer.gpu:
         raise ConfigError(
-            f"trainer.gpu={trainer.gpu} compares the run with a plan, but a plan knows no alignments that end at "
-            "different steps, as those of model.multiplex do. Remove it."
+            f"trainer.gpu={trainer.gpu} compares the run with a plan, but a plan does not support alignments that end "
+            "at different steps (model.multiplex). Remove trainer.gpu."
         )
 
 

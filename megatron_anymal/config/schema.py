@@ -121,12 +121,12 @@ class ResilienceConfig:
     with the ranks."""
     keep_survivors: bool = True
     """`anymal launch` on Linux, with `standby`: when a rank is killed or crashes, the others keep their process and
-    their frozen weights, leave the job and join that of the next attempt. Only on machines without an NVIDIA GPU, and
-    without effect on others: a GPU may wait in a collective for a rank that is gone, so all are forked anew there."""
+    their frozen weights, leave the job and join that of the next attempt. Has no effect on machines with an NVIDIA GPU:
+    a GPU may be stuck in a collective with the lost rank, so all ranks are restarted there."""
     peer_memory: bool = True
     """`anymal launch` on Linux: keep copies of the trainable weights and optimizer state in memory that outlives the
     ranks: twice on the rank's own node and, with several nodes, twice on the next one. A restart continues from the
-    newest step of which every rank's part is left, instead of from a checkpoint."""
+    newest step for which a copy of every rank's part survives, instead of from a checkpoint."""
     peer_memory_interval: int = 0
     """Steps between two copies. 0: the smallest number for which they take at most 1 % of the time."""
     allow_changes: list[str] = field(default_factory=list)

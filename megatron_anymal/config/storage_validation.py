@@ -54,7 +54,8 @@ def _check_cache(storage: StorageConfig) -> None:
         raise ConfigError("data.storage.cache_folder must be a folder on a local disk, not an address. Correct it.")
     if not storage.cache_gib and storage.cache_block_kib != StorageConfig().cache_block_kib:
         raise ConfigError(
-            "data.storage.cache_block_kib has no effect with data.storage.cache_gib=0. Set that, or remove it."
+            "data.storage.cache_block_kib has no effect with data.storage.cache_gib=0. Set data.storage.cache_gib "
+            "above 0, or remove data.storage.cache_block_kib."
         )
     if 0 < storage.cache_gib * 2**20 < _FEWEST_BLOCKS * storage.cache_block_kib:
         raise ConfigError(
@@ -72,7 +73,9 @@ def check_feature_cache(cache: FeatureCacheConfig, modalities: Mapping[str, Moda
     section = "data.feature_cache"
     if not cache.gib:
         if cache != FeatureCacheConfig():
-            raise ConfigError(f"{section} has no effect with {section}.gib=0. Set that, or remove the section.")
+            raise ConfigError(
+                f"{section} has no effect with {section}.gib=0. Set {section}.gib above 0, or remove the section."
+            )
         return
     if is_remote(cache.folder):
         raise ConfigError(f"{section}.folder must be a folder on a local disk, not an address. Correct it.")

@@ -79,7 +79,7 @@ class AlignedSamples:
             if strange:
                 raise DataError(
                     f"{key}: {index.folder!r} contains {strange[0]}, but model.multiplex.{name} trains on media of "
-                    f"{name!r} only. Use a folder without, or run the alignments one by one."
+                    f"{name!r} only. Use a folder without them, or run the alignments one by one."
                 )
 
     def identity(self) -> list[dict[str, Any]]:

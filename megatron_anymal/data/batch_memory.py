@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-# What no tensor uses any more. One batch is read while the one before it is used, each with a few modalities.
+# Buffers that no tensor uses any more. One batch is read while the previous one is in use, each with a few modalities.
 _free: deque[np.ndarray] = deque(maxlen=4)
 
 
@@ -36,7 +36,7 @@ def _memory(size: int) -> np.ndarray:
     """[size] uint8, which is free again when it is no longer referred to."""
     whole = _fitting(size)
     if whole is None:
-        # Unlike torch, numpy asks for huge pages, which take a third of the time to be touched first.
+        # Unlike torch, numpy asks for huge pages, whose first touch takes a third of the time.
         whole = np.empty(size, dtype=np.uint8)
     # A tensor's storage keeps this view alive, not the array itself.
     part = whole[:size]

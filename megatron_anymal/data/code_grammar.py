@@ -67,7 +67,7 @@ class AnswerContents:
 
 
 class CodeGrammar:
-    """Says which tokens may come next, and takes sequences of tokens apart.
+    """Determines which tokens may come next, and parses sequences of tokens.
 
     Attributes:
         layout: ids of marks and codes, and their sections.
@@ -101,7 +101,7 @@ class CodeGrammar:
         known = (TEXT, *self._vocabulary.names)
         if unknown := [name for name in modalities if name not in known]:
             raise DiscreteCodeError(
-                f"{unknown[0]!r} is not something that this model writes; it writes: {', '.join(known)}. Media must be "
+                f"This model cannot generate {unknown[0]!r}; it can generate: {', '.join(known)}. Media must be "
                 "in the model.discrete of its run."
             )
         names = tuple(name for name in modalities if name != TEXT)
@@ -245,7 +245,7 @@ class CodeGrammar:
         return ids, OpenItem(item.name, item.codes + 1, item.first + (book == 0))
 
     def _missing(self, item: Optional[OpenItem]) -> int:
-        """Fewest tokens with which an item ends, its end mark among them."""
+        """Minimum number of tokens that complete an item, its end mark included."""
         if item is None:
             return 0
         section = self._sections[item.name]

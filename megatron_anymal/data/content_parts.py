@@ -44,7 +44,7 @@ def parse_part(entry: Any, at: str) -> Part:
 
 
 def media_part(name: str, modality: str, attributes: Mapping[str, Any]) -> MediaPart:
-    """The part of a media item, which its name tells whether it is codes; those are not targets."""
+    """The part of a media item: a CodesPart, not a target, if its name is that of a file of codes; else a MediaPart."""
     return (CodesPart if is_codes(name) else MediaPart)(name, modality, attributes)
 
 

@@ -26,8 +26,8 @@ _COLUMN = "column:"
 _INTEGRITY = "integrity"
 # Kinds whose `Modality.probe` returns width and height, and those for which it returns seconds first.
 _IMAGES, _TIMED = ("image",), ("video", "audio", "imu")
-# Most samples whose contents are checked together, and bytes of their media from which on there are fewer: half of what
-# a reader of shards on object storage keeps behind it.
+# Contents are checked in batches of at most this many samples and about this many bytes of media: half of what a reader
+# of shards on object storage keeps behind its position.
 _TOGETHER, _TOGETHER_BYTES = 64, 16 * 2**20
 Item = TypeVar("Item")
 

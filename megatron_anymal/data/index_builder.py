@@ -31,11 +31,11 @@ from megatron_anymal.modalities import MODALITIES, kind_for_extension
 from megatron_anymal.modalities.base import MediaError
 from megatron_anymal.object_storage.client import file_system
 
-# Increased by every change that gives a shard other rows: indexes that were built before are then not built upon.
+# Increase it with every change to the rows that a shard yields: existing indexes are then rebuilt instead of extended.
 RULES = 2
 # Largest value of the column media_count.
 MAX_MEDIA = 65_535
-# Most values of the columns kind and extension of a shard.
+# Maximum number of values in the columns kind and extension of a shard.
 MAX_NAMES = 255
 
 

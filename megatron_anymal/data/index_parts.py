@@ -59,7 +59,8 @@ def index_part(
         parts.store(rows, made_with)
         left_out += sum(entry.is_bad for entry in rows.left_out)
     parts.mark(part, identity, len(files))
-    print(f"{folder}: part {part}: {len(files) - len(new)} shards kept, {len(new)} read, {left_out} left out of them")
+    read = f"{len(new)} read; {left_out} samples or members left out"
+    print(f"{folder}: part {part}: {len(files) - len(new)} shards kept, {read}")
 
 
 def merge_parts(folder: str, max_bad_share: float = 0.01) -> None:
@@ -148,13 +149,13 @@ def _require_rows(
     if missing:
         parts = dict.fromkeys(str(PartOf.of_item(number, of)) for number in missing)
         raise DataError(
-            f"{len(missing)} shard(s) of {folder!r} are new, or were read by no part as they are now: "
+            f"{len(missing)} shard(s) of {folder!r} are new, or have changed since a part read them: "
             f"{_some(list(files)[number] for number in missing)}. Run these parts again: {_some(parts)}."
         )
     if lost_media:
         raise DataError(
-            f"{folder!r} no longer has samples of a .txt with media, so that those without media, which its index "
-            "leaves out, belong there. Run all parts again with --rebuild."
+            f"{folder!r} no longer has samples with both a .txt and media, so its text-only samples, which were left "
+            "out, must now be indexed. Run all parts again with --rebuild."
         )
 
 

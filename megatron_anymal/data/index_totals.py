@@ -146,7 +146,7 @@ class _Totals:
     """What the shards of a folder add up to."""
 
     names: list[str] = field(default_factory=list)
-    # Of the shards, in bytes.
+    # Size of each shard, in bytes.
     sizes: list[int] = field(default_factory=list)
     damaged_bytes: int = 0
     samples: int = 0

@@ -71,8 +71,8 @@ class IndexedShards:
     def usable(self, names: Collection[str], text_with_media: bool) -> set[str]:
         """The names of shards that need not be read again.
 
-        Samples that a shard lost because samples of other shards have media are not in the index, but without media
-        in any of them they belong there.
+        The index leaves out samples that have only a .txt if other .txt samples of the folder have media. If none has
+        media any longer, they belong in the index, and their shards must be read again.
 
         Args:
             names: unchanged shards.

@@ -63,7 +63,7 @@ def parse_next(text: str, start: int, where: str, limits: LimitsConfig) -> tuple
         # The position in the text would mislead: it is not that in the file.
         why = getattr(error, "msg", error)
         if len(text) - start > limits.max_text_bytes:
-            why = f"{why}; an element may have data.limits.max_text_bytes={limits.max_text_bytes}"
+            why = f"{why}; an element may have at most data.limits.max_text_bytes={limits.max_text_bytes} bytes"
         raise DataError(f"{where}: not JSON ({why}).") from None
     data = text[start:end].encode("utf-8", "surrogatepass")
     if len(data) > limits.max_text_bytes:

@@ -26,7 +26,7 @@ def bound_type(kinds: int) -> np.dtype:
 
     Attributes:
         block: number of the block.
-        tokens: most tokens of a sample's documents together, without media.
+        tokens: maximum number of tokens in a sample's documents together, without media.
         documents: documents of a sample.
         media: [kinds] media items of a sample, by kind.
         size: [kinds, 2] largest results of the modality's `probe`, by kind.

@@ -380,7 +380,8 @@ def steps(
             prefetch_factor=max(1, -(-prefetch_steps * per_step // num_workers)) if num_workers else None,
             pin_memory=pin and num_workers > 0,
             worker_init_fn=start_worker,
-            # A worker's seed; from torch's global generator it would change the numbers of plug-ins at each start.
+            # For the workers' base seed. Drawing it from torch's global generator would advance that at each start, and
+            # change the random numbers that plug-ins draw.
             generator=torch.Generator(),
         )
         for plan, micro_batches in _by_step(_read(loader, sampler, memory), sampler, replica):

@@ -31,8 +31,8 @@ def worker_died(error: BaseException, workers: Sequence[BaseProcess] = ()) -> Op
     """Translate torch's error about a lost loader process; None for any other error and for a `WorkerDied`.
 
     Args:
-        workers: the loader's processes. Their exit codes tell of a signal even if torch, which has two ways to notice a
-            death, does not.
+        workers: the loader's processes. Their exit codes reveal a signal even if torch, which can notice a death in two
+            ways, reports none.
     """
     match = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)(?: is killed by signal: ([\w ]+))?", str(error))
     if match is None or isinstance(error, WorkerDied):

@@ -55,8 +55,9 @@ def write_part(
 ) -> list[str]:
     """Write each N-th shard of a source, except for those that the part has written before.
 
-    Samples that cannot be used are left out by name; their share is that of the whole source and is checked when the
-    parts are joined. A shard that lacks samples because media files were missing is written again.
+    Samples that cannot be used are left out, and each is named in the ledger; their share is that of the whole source
+    and is checked when the parts are joined. A shard that lacks samples because media files were missing is written
+    again.
 
     Args:
         samples_per_shard: samples of the source per shard, those left out included.
@@ -156,7 +157,7 @@ def join_journals(folder: str) -> None:
             yield shard
 
     write_journal(Path(folder), note["header"], shards())
-    # Of processes that were killed.
+    # Left behind by processes that were killed.
     for unfinished in Path(folder).glob("*.tar.*.part"):
         unfinished.unlink(missing_ok=True)
 

@@ -14,7 +14,7 @@ import numpy as np
 _SMALLEST_WINDOW, _LARGEST_WINDOW = 12, 64
 _PAIRS_PER_ROUND, _PAIRS_PER_SEARCH = 50_000, 600_000
 _MOST_ROUNDS = 100
-# Searches of all positions without a lower highest cost, after which it is taken for the lowest one.
+# Sweeps over all pairs of positions that do not lower the highest cost, after which the search stops.
 _PATIENCE = 3
 _IMPOSSIBLE = np.int64(1) << 62
 

@@ -167,7 +167,7 @@ class PartFiles:
         return list(self._fs.ls(self._root, detail=False)) if self._fs.isdir(self._root) else []
 
     def _opened(self, name: str) -> IO[bytes]:
-        # Of a local file, a head is read alone.
+        # From a local file, the head can be read without the rest.
         return open(self._path(name), "rb") if is_local(self._fs) else io.BytesIO(self._fs.cat_file(self._path(name)))
 
     def _path(self, name: str) -> str:

@@ -10,7 +10,7 @@ from collections import OrderedDict
 
 from megatron_anymal.data.tar.byte_source import LocalBytes
 
-# Shards of all folders that a thread keeps open. A process has usually 1,024 descriptors, and loader workers need some
+# Shards of all folders that a thread keeps open. A process usually has 1,024 descriptors, and loader workers need some
 # for shared memory.
 MOST_OPEN = 256
 

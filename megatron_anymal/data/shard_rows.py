@@ -72,7 +72,7 @@ class ShardRows:
         return bool(((self.samples["text_is_json"] == 0) & (self.samples["media_count"] > 0)).any())
 
     def without_lost_media(self) -> ShardRows:
-        """The rows without samples that have only a .txt: in a folder where such samples have media, they lost them."""
+        """The rows without samples that have only a .txt: if other .txt samples have media, theirs seem to be lost."""
         lost = np.flatnonzero((self.samples["text_is_json"] == 0) & (self.samples["media_count"] == 0)).tolist()
         reason = "it has no media although other samples do. If text-only samples are intended, add --text-only."
         return self.without(lost, LOST_MEDIA, reason) if lost else self

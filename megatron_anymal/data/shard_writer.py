@@ -38,7 +38,7 @@ def pack(
     settings: Mapping[str, Any] = MappingProxyType({}),
     encoder: Optional[MediaEncoder] = None,
 ) -> None:
-    """Pack a source's samples into shards; samples that cannot be used are left out by name.
+    """Pack a source's samples into shards; those that cannot be used are left out, and each is named in the ledger.
 
     The source is read twice: once to check and count all of it, once to pack it. A packing that was interrupted
     continues with its first unfinished shard if it is started again with the same source and options.
@@ -163,7 +163,7 @@ class SampleWriter:
             report: called after each sample; None for one that is in the shard.
 
         Raises:
-            DataError: a key occurs a second time, or is none.
+            DataError: a key occurs twice, or is not valid.
         """
         import webdataset
 
@@ -190,7 +190,7 @@ class SampleWriter:
         """Check the keys of samples that are in a shard already.
 
         Raises:
-            DataError: a key occurs a second time, or is none.
+            DataError: a key occurs twice, or is not valid.
         """
         for record in records:
             self._key(record)
@@ -390,6 +390,6 @@ def _counts(counter: Counter[str]) -> str:
 
 
 def _flush(path: Path) -> None:
-    """Bring a file to the disk: the journal must not know of a shard that a power failure takes away."""
+    """Fsync a file: the journal must not list a shard that a power failure could lose."""
     with path.open("rb") as file:
         os.fsync(file.fileno())

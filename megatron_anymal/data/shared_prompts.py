@@ -49,13 +49,22 @@ def why_not_shared(model: ModelConfig, attention: str) -> str:
     if model.dpo.share_prompt == "never":
         return "model.dpo.share_prompt=never"
     if attention == "transformer_engine":
-        return "Transformer Engine's attention cannot give one prompt to two answers; model.transformer_impl=local can"
+        return (
+            "Transformer Engine's attention cannot share a prompt between two answers; that of "
+            "model.transformer_impl=local can"
+        )
     if model.dpo.share_prompt == "always":
         return ""
     if model.neftune.alpha:
-        return "model.neftune gives each document its own noise; model.dpo.share_prompt=always gives the prompt one"
+        return (
+            "model.neftune draws separate noise for each document; with model.dpo.share_prompt=always both answers "
+            "share the prompt's noise"
+        )
     if model.lora.dropout:
-        return "model.lora.dropout gives each document its own mask; model.dpo.share_prompt=always gives the prompt one"
+        return (
+            "model.lora.dropout draws a separate mask for each document; with model.dpo.share_prompt=always both "
+            "answers share the prompt's mask"
+        )
     return ""
 
 

@@ -1,6 +1,6 @@
-"""The lines of megatron-core that this trainer runs on. What differs between them is known here and nowhere else.
+"""The two supported releases of megatron-core ("lines"), one per Python version.
 
-A line is one release, and the Python version that brings it. Both read and write the same checkpoints.
+Only this module knows how they differ. Both read and write the same checkpoints.
 
     Python   megatron-core
     3.11     0.16.1
@@ -31,7 +31,7 @@ class MegatronLine:
         resiliency_glibc: the oldest glibc that its wheels run on, (major, minor).
         checks_resiliency: it does not import if an older version of that is installed.
         needs_triton: it imports triton, without requiring it.
-        lacks: what does not work with it and does with the other line.
+        lacks: what does not work with it but does with the other line.
     """
 
     version: str

@@ -54,7 +54,7 @@ def caption_in_json(text: str) -> str:
 
 
 def option_letter(text: str, options: tuple[str, ...]) -> str:
-    """The letter of the option that a text names, by the rule of MMMU's evaluation; empty where that one draws lots.
+    """The letter of the option that a text names, by the rule of MMMU's evaluation; empty where it picks at random.
 
     "(B)" comes before "B " and that before "B."; without any, and in a text of more than five words, an option's text.
     Of several, the last one mentioned counts.

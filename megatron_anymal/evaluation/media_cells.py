@@ -55,7 +55,9 @@ def file_in_cell(value: Any, where: str) -> MediaFile:
     """
     data, name = (value.get("bytes"), value.get("path")) if isinstance(value, Mapping) else (value, None)
     if not isinstance(data, bytes) or not data:
-        raise DataError(f"{where}: the cell holds no file but {str(value)[:60]!r}. Save the data set with its media.")
+        raise DataError(
+            f"{where}: the cell holds {str(value)[:60]!r} instead of a file. Save the data set with its media."
+        )
     extension = Path(name).suffix.lstrip(".").lower() if name else ""
     return MediaFile(data, extension or _extension_of(data))
 

@@ -29,7 +29,7 @@ class Answered:
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric in percent points of 100, as papers print it."""
+    """A metric on a scale of 0 to 100, as papers print it; CIDEr can exceed 100."""
 
     # Name in reports.
     title: str

@@ -148,8 +148,8 @@ class NativeGenerator(Generator):
         model_size = config.model.tensor_model_parallel_size * stages
         if world % model_size and replicated:
             raise DataError(
-                f"{world} process(es) were started, which copies of a model over {model_size} processes (tensor- x "
-                "pipeline-parallel size) cannot divide among themselves. Start a multiple of that."
+                f"{world} process(es) were started, but each copy of the model takes {model_size} (tensor- x "
+                f"pipeline-parallel size). Start a multiple of {model_size}."
             )
         if model_size != world and not replicated:
             raise DataError(

@@ -37,7 +37,7 @@ class Generator(ABC):
     kinds: Collection[str]
     # Grammar of media that the model reads and writes as codes; None if there are none.
     grammar: Optional[CodeGrammar] = None
-    # Most tokens that a prompt and its answer may have together; None: no limit.
+    # Maximum number of tokens in a prompt and its answer together; None: no limit.
     max_positions: Optional[int] = None
     # Number of this process's copy of the model, and number of copies.
     replica: int = 0

@@ -1,6 +1,6 @@
 """Reads prompts that are answered next in other processes, while the model computes.
 
-Threads gain little: what surrounds the decoders, and the launching of the model's operations, share one interpreter.
+Threads would gain little: the Python code around the decoders and the launching of kernels contend for the GIL.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Read = TypeVar("Read")
 _MOST_PROCESSES = 8
 # Groups that are handed over together: each message between processes costs as much as reading a small image.
 _MOST_GROUPS = 16
-# In a reading process: what reads, which it has from the process that it was forked from.
+# In a reading process: the function that reads, inherited through the fork.
 _READ: list[Callable[[Sequence[Prompt]], Any]] = []
 
 
@@ -107,7 +107,7 @@ class ReadAhead(Generic[Read]):
 
 
 def reading_processes() -> int:
-    """Number of processes that can read beside this one: its share of the machine's cores but one, at most 8."""
+    """Number of processes that can read alongside this one: its share of the machine's cores but one, at most 8."""
     return min(_MOST_PROCESSES, share_of_cores() - 1)
 
 
@@ -119,14 +119,14 @@ def _shut_down(pool: ProcessPoolExecutor) -> None:
 def _died() -> DataError:
     return DataError(
         "A process that reads media exited unexpectedly. Often the machine ran out of memory: lower --workers. If "
-        "anymal itself exits with --workers=0, a file of the batch crashes the library that decodes it."
+        "anymal itself crashes with --workers=0, a file in this batch crashes the library that decodes it."
     )
 
 
 def _start(ahead: weakref.ref[ReadAhead[Any]]) -> None:
-    # Turns torch's threads off, which a forked process does not have, before the first operation.
+    # Turns off torch's threads, which a forked process does not have, before the first operation.
     start_worker(0)
-    # Torch's own way takes a file descriptor and shared memory for each tensor, of which containers have little.
+    # torch's own pickling takes a file descriptor and shared memory per tensor; containers have little shared memory.
     ForkingPickler.register(torch.Tensor, _as_array)
     reader = ahead()
     assert reader is not None, "it waits until this process is forked"

@@ -12,7 +12,7 @@ INPUT_IMAGE, INPUT_TEXT, OUTPUT_TEXT, IMAGE_AND_OUTPUT = STAGES = (
     "output_text",
     "image_and_output",
 )
-# Labels that no classifier gives: it failed, and no classifier can look at a medium.
+# Labels set by this package: the classifier failed; no classifier handles this kind of media.
 FAILED, UNCHECKED = "failed", "unchecked"
 
 
@@ -22,13 +22,13 @@ class Rejection:
 
     # One of STAGES.
     stage: str
-    # Name of the classifier in the integrity file; empty if none can look at a medium.
+    # Name of the classifier in the integrity file; empty if none handles this kind of media.
     classifier: str
     # The classifier's label, FAILED or UNCHECKED.
     label: str
     # The label's score, 0 to 1; None if there is none.
     score: Optional[float] = None
-    # What failed, or could not be looked at.
+    # What failed, or could not be checked.
     detail: str = ""
 
     @property

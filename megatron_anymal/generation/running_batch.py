@@ -34,7 +34,7 @@ class RunningPrompt:
 
     @property
     def longest(self) -> int:
-        """Most tokens that the prompt and its answer can have together."""
+        """Maximum number of tokens in the prompt and its answer together."""
         return len(self.prompt) + self.answer.room
 
 

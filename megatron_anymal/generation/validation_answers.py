@@ -14,7 +14,7 @@ from megatron_anymal.generation.sampling import Sampling
 from megatron_anymal.telemetry import MetricsLogger
 from megatron_anymal.train.build import TrainState
 
-# Most text tokens of an answer.
+# Maximum number of text tokens in an answer.
 _TOKENS = 64
 
 

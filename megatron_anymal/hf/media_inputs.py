@@ -103,8 +103,8 @@ class GivenMedia:
         keys = [key for key in ("media", kind, "path", "url") if key in part]
         if len(keys) != 1:
             raise DataError(
-                f"{self._where}: a part of type {kind!r} names its item once, as {kind!r}, 'path', 'url' or 'media'; "
-                f"it has the keys {sorted(part)}."
+                f"{self._where}: a part of type {kind!r} must name its item exactly once, as {kind!r}, 'path', 'url' "
+                f"or 'media'; this one has the keys {sorted(part)}."
             )
         part["media"] = part.pop(keys[0])
 

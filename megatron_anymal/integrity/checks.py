@@ -1,7 +1,7 @@
 """Checks of queries: input images, input text, output text, and the pair of media and output (AnyMAL, appendix D).
 
-`Checks` is what generation, evaluation, the preparation of data and servers use. Nothing passes because a classifier
-did not work: one that raises, or returns a score that is not a number, rejects the query.
+`Checks` is what generation, evaluation, the preparation of data and servers use. A failing classifier never lets a
+query through: if it raises, or returns anything but scores from 0 to 1, the query is rejected.
 """
 
 from __future__ import annotations

@@ -101,7 +101,7 @@ class TextScorer:
             batch = self._tokenizer.pad({name: values[rows] for name, values in windows.items()}, return_tensors="pt")
             for owner, scores in zip(owners[rows], _scores(self._model, batch)):
                 for label, score in scores.items():
-                    # A score that is not a number must not be lost in a maximum.
+                    # NaN must not be lost in a maximum.
                     known = results[owner].get(label, score)
                     results[owner][label] = known if known != known or known > score else score
         return list(results)
@@ -149,7 +149,7 @@ def _scores(model: Any, batch: Any) -> Iterator[Mapping[str, float]]:
 
 
 def _longest(tokenizer: Any, config: Any) -> int:
-    """Most tokens that the model takes."""
+    """Maximum number of tokens that the model takes."""
     positions = getattr(config, "max_position_embeddings", None) or _NO_LENGTH
     known = [tokenizer.model_max_length, positions - _UNUSED_POSITIONS]
     return int(min(512 if min(known) >= _NO_LENGTH - _UNUSED_POSITIONS else _NO_LENGTH, *known))

@@ -85,7 +85,7 @@ class IntegrityConfig:
     classifiers: dict
     # Kinds of media that pass although no classifier can look at them, such as audio and imu.
     unchecked_media: list[str] = field(default_factory=list)
-    # Frames of a video that are looked at, evenly spread.
+    # Frames of a video that are checked, evenly spread.
     video_frames: int = 8
     # Characters after which a sentence of an answer that has not ended is checked.
     sentence_characters: int = 400

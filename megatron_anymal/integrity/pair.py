@@ -55,7 +55,7 @@ class PairScorer:
 
 
 def _sigmoid(difference: float) -> float:
-    """1 / (1 + exp(-difference)); not a number stays one."""
+    """1 / (1 + exp(-difference)); NaN stays NaN."""
     return 1 / (1 + math.exp(max(-700.0, min(700.0, -difference)))) if difference == difference else difference
 
 

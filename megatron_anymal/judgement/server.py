@@ -101,7 +101,7 @@ class _Handler(BaseHTTPRequestHandler):
         """The path after the token, and the query.
 
         Raises:
-            RequestError: the token is wrong.
+            PageRequestError: the token is wrong.
         """
         url = urlsplit(self.path)
         token, *rest = url.path.removeprefix("/").split("/")

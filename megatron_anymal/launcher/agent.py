@@ -159,8 +159,8 @@ class _Rank(Forked):
     """A forked rank, as its agent sees it."""
 
     def poll(self) -> Optional[int]:
-        """Exit code; None while it runs, and if it was killed or crashed: the agent would end the other ranks. The
-        launcher does, or keeps them."""
+        """Exit code; None while it runs. Also None if it was killed or crashed, because the agent would then end the
+        other ranks; the launcher decides whether to end or keep them."""
         code = super().poll()
         return None if code is not None and (code < 0 or code == Exit.CRASH) else code
 

@@ -36,14 +36,15 @@ from megatron_anymal.resilience.exit_codes import Exit
 GRACE = "ANYMAL_GRACE_SECONDS"
 # Polling interval for the ranks, in seconds.
 _LOOK = 0.2
-# The same while those that stay gather.
+# The same while surviving ranks gather for the next attempt.
 _LOOK_GATHERING = 0.02
 # A longer pause between two looks, in seconds, means that the launcher was suspended, and its ranks probably too.
 _SUSPENDED = 5.0
 # Seconds the other ranks get before they are killed: to report what they saw after one has failed, to reach the same
 # verdict after one has ended with an exit code that all ranks agree on, and to shut down after one has stopped cleanly.
 _LAST_WORDS, _AGREEING, _STOPPING = 3.0, 8.0, 60.0
-# The same after one was killed by a signal, which is its own cause; and to leave the job, for those that may stay.
+# The same after one was killed by a signal, which no other rank can have caused; and seconds that survivors get to
+# leave the job.
 _AFTER_A_KILL, _LEAVING = 1.0, 2.0
 # Seconds the agent may take to report how a rank ended, and to exit once its ranks are gone.
 _AGENT = 5.0
@@ -176,7 +177,7 @@ class Attempt:
         for rank in self.workers:
             self.begun.setdefault(rank, time.monotonic())
         if self.survivors is not None and not self.invited and len(self.workers) == self.job.processes:
-            # Of an earlier attempt, and without a place in this one.
+            # Survivors of an earlier attempt that have no rank in this one.
             self.survivors.dismiss(but=self.workers.values())
 
     def _pass_on(self) -> None:
@@ -221,7 +222,7 @@ class Attempt:
 
     def _invite(self, views: Sequence[RankView]) -> bool:
         """Ask the ranks to stay for the next attempt, if each of them has finished a step in this one: whatever keeps
-        an attempt from getting on may be in a process that stays."""
+        an attempt from making progress may live on in a surviving process."""
         if self.survivors is not None and self.stop_requests.stop is None and all(view.settled for view in views):
             self.survivors.invite(self.number)
             self.invited = True

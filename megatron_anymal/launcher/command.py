@@ -25,9 +25,9 @@ _EPILOG = """examples:
   anymal launch pretrain --config-name=pretrain_8b_image
   anymal launch --node-rank=$SLURM_NODEID --rdzv-endpoint=$HEAD:29500 sft --config-name=sft_70b trainer.num_nodes=4
 
-After a crash, a hang or the death of a process, the run is restarted from its newest checkpoint, as long as it makes
-progress. SIGTERM, SIGUSR1, Ctrl-C and the loss of the terminal (SIGHUP, unless under nohup) stop it with a checkpoint
-(exit code 75); a second Ctrl-C ends it at once.
+After a crash, a hang or the death of a process, the run is restarted from copies in memory or from its newest
+checkpoint, as long as it makes progress. SIGTERM, SIGUSR1, Ctrl-C and the loss of the terminal (SIGHUP, unless under
+nohup) stop it with a checkpoint (exit code 75); a second Ctrl-C ends it at once.
 A report is written to report.md in the run's folder, and the output of the ranks to logs/."""
 
 
@@ -108,7 +108,8 @@ def _job(
         way = f"Install it with `pip install 'nvidia-resiliency-ext{line.resiliency}'`, or omit"
         raise ConfigError(
             "--launcher=ft needs the package nvidia-resiliency-ext, which is not installed. "
-            f"{f'It cannot be: {reason}. Omit' if reason else way} --launcher=ft: torchrun's agent does the same here."
+            f"{f'It cannot be installed here: {reason}. Omit' if reason else way} --launcher=ft: torchrun's agent does "
+            "the same job."
         )
     return Job(
         run_dir=run_dir,
@@ -143,7 +144,9 @@ def _check_nodes(options: argparse.Namespace, nodes: int) -> None:
         )
     if options.spare:
         if options.node_rank is not None:
-            raise ConfigError(f"--spare has no --node-rank; it is {options.node_rank}. Leave one of the two out.")
+            raise ConfigError(
+                f"--spare cannot be combined with --node-rank={options.node_rank}. Leave one of the two out."
+            )
         return
     if options.node_rank is None or not 0 <= options.node_rank < nodes:
         raise ConfigError(f"--nnodes={nodes} needs --node-rank, a different one from 0 to {nodes - 1} on each node.")

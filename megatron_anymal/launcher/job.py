@@ -53,7 +53,7 @@ class Job:
     keep_survivors: bool = False
     # Give the ranks memory for copies of their state.
     peer_memory: bool = True
-    # Keep that memory for a while if this launcher is killed, and take over what one before it has left.
+    # Keep that memory for a while if this launcher is killed, and take over what a killed launcher left behind.
     keep_memory: bool = False
     # Modules for the standby process to import, besides those that every rank needs.
     preload: tuple[str, ...] = ()
@@ -144,7 +144,7 @@ class Restarts:
         self.checkpoint, self.step = max(checkpoint, self.checkpoint), max(ending.step, self.step)
         if self.fruitless >= MOST_FRUITLESS:
             return Decision(Exit.CRASH_LOOP, f"{MOST_FRUITLESS} restarts in a row without progress; {ending.text}")
-        # At once after progress; twice as long after each attempt without any.
+        # Restart at once after progress; about double the pause after each attempt without any.
         pause = min(_LONGEST_PAUSE, 2.0**self.fruitless - 1.0)
         return Decision(ending.code, ending.text, pause, forget=self.fruitless > 0)
 

@@ -47,11 +47,11 @@ def rejoin(error: BaseException) -> bool:
     if code_of(error) != Exit.CRASH or not _lost_a_peer(errors) or not _invited(folder):
         return False
     handled = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-    # What the launcher passes on is for those that train.
+    # Ignore the stop signals that the launcher forwards: they are meant for ranks that train.
     before = {number: signal.signal(number, signal.SIG_IGN) for number in handled}
     _leave(errors)
     if left := _left_behind():
-        text = f"not kept for the next attempt, since something is left of this one: {left}"
+        text = f"cannot stay for the next attempt, because something from this one is left: {left}"
         print(text, file=sys.stderr, flush=True)
         return False
     _wait(folder)
@@ -96,7 +96,7 @@ def _invited(folder: Path) -> bool:
 
 
 def _leave(errors: Sequence[BaseException]) -> None:
-    """Leave the job, and let go of everything that the program has built."""
+    """Leave the job, and release everything that the program has built."""
     from megatron_anymal.parallel import shutdown
 
     # Frames hold the models, the loaders and the process groups.
@@ -135,7 +135,7 @@ def gloo_threads() -> int:
 
 
 def _wait(folder: Path) -> None:
-    """Wait for the agent of the next attempt and become its rank. A process that no agent wants, the launcher ends."""
+    """Wait for the agent of the next attempt and become its rank. The launcher ends a process that no agent claims."""
     path = survivors.socket_of(folder, int(os.environ["RANK"]), os.getpid())
     with standby.listen(path) as listening:
         connection, _ = listening.accept()

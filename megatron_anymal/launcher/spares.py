@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable, Collection
 from typing import Any, Optional
 
-# Seconds between two signs of life, without any after which a node counts as lost, and for which a node that never
-# joined is waited for if there is a spare.
+# In seconds: the interval between signs of life, the silence after which a node counts as lost, and, if there is a
+# spare, the wait for a node that never joined.
 _BEAT, SILENT, _ABSENT = 1.0, 8.0, 60.0
 
 

@@ -109,7 +109,7 @@ class _Server:
                 if request.pid == 0 and (reason := _why_not()):
                     # The terminal may be gone.
                     with suppress(OSError):
-                        print(f"the standby process forks no more: {reason}", file=sys.stderr, flush=True)
+                        print(f"the standby process declined to fork: {reason}", file=sys.stderr, flush=True)
                     return None
                 standby, pid = os.getpid(), request.pid or os.fork()
                 if pid == 0:

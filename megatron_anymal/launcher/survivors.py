@@ -30,7 +30,7 @@ class Survivors:
         self.folder = folder
 
     def invite(self, attempt: int) -> None:
-        """Ask the ranks of an attempt to stay; they hold their invitation against its number."""
+        """Ask the ranks of an attempt to stay; each accepts only an invitation with its own attempt's number."""
         invitation(self.folder, attempt).touch()
 
     def waiting(self) -> dict[int, int]:

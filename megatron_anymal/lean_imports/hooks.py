@@ -19,7 +19,7 @@ from megatron_anymal.lean_imports.libraries import AROUND, deferred
 
 # Packages whose import, with everything that it imports, runs without the collector.
 _LARGE = {"torch", "transformers", "lightning", "nemo", "megatron", "megatron_anymal", "checkpoint_tools"}
-# An import that loads as many modules is one of the start: its objects live as long as the process.
+# An import that loads at least this many modules is part of the start: its objects live as long as the process.
 _MANY = 100
 
 
@@ -61,7 +61,7 @@ def when_run(package: str, action: Callable[[], None]) -> None:
 
 
 class Finder(importlib.abc.MetaPathFinder):
-    """Finds the modules that this package is about and gives them a loader of this file."""
+    """Finds the modules that need a hook, and gives them one of the loaders below."""
 
     def find_spec(
         self, fullname: str, path: Optional[Sequence[str]], target: Optional[ModuleType] = None
@@ -87,7 +87,7 @@ class Finder(importlib.abc.MetaPathFinder):
 
 
 class _Wrapper(importlib.abc.Loader):
-    """Base of loaders that do something beside another loader's work, and pass on what they are asked besides."""
+    """Base of loaders that extend another loader; everything else is passed on to it."""
 
     def __init__(self, loader: Any) -> None:
         self._loader = loader

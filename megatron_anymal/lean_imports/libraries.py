@@ -10,7 +10,7 @@
     pandas               for one of NeMo's loggers.
     scipy.optimize       for one of transformers' losses.
 
-transformers reads the source of all its models, twice: the second time is spared.
+transformers reads the source of all its models, twice: the second read is avoided.
 """
 
 from __future__ import annotations

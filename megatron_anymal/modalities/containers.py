@@ -105,7 +105,7 @@ def stream_seconds(
     Raises:
         MediaError: the stream is longer than the limit, or truncated.
     """
-    # Of each stream, in its own time base: whole numbers, since fractions per packet take longer than reading it.
+    # End of each stream so far, in its time base: integers, as fractions for each packet take longer than reading it.
     ends: dict[int, int] = {}
     bases: dict[int, Any] = {}
 

@@ -191,8 +191,8 @@ def _pyav_blocks(first: Any, others: Iterator[Any]) -> Iterator[np.ndarray]:
 def resample(blocks: Iterable[np.ndarray], rate: int, target: int) -> np.ndarray:
     """Resample a mono waveform, given as blocks of [samples] float32, to another rate in Hz.
 
-    Uses soxr's "HQ" filter, whose delay is removed. Of what lies below 0.9 of half the lower rate, it changes less than
-    -70 dB, and of what would alias, it lets less than -130 dB through. The result does not depend on the block size.
+    Uses soxr's "HQ" filter, whose delay is removed. For noise below 0.9 of the lower Nyquist frequency its error is
+    under -70 dB; what would alias is attenuated by more than 125 dB. The result does not depend on the block size.
 
     Raises:
         MediaError: the rate is impossible.

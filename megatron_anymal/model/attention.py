@@ -85,7 +85,7 @@ def document_pack(
     Args:
         inv_freq: [d / 2], see `rotation`.
         kernel: a key of `attention_kernels.KERNELS`, or "transformer_engine", whose attention splits documents over
-            context-parallel ranks itself and knows no prompts.
+            context-parallel ranks itself and does not support prompts.
         prompts: `MicroBatch.prompts`: the documents, by their position, that continue a prompt within the pack.
 
     Raises:

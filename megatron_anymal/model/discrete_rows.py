@@ -1,7 +1,7 @@
 """Rows of the embedding and the head for the marks and codes of discrete media.
 
 They are weights of their own next to the Llama's. The Llama's rows thus keep their tensors, their shards and their
-checkpoints, bit by bit, and take neither gradients nor optimizer state while only the new rows train. Each of the two
+checkpoints, bit for bit, and take neither gradients nor optimizer state while only the new rows train. Each of the two
 is split over the tensor-parallel ranks on its own, padded to a multiple of their number like the Llama's vocabulary.
 
 Shapes: T tokens of a micro-batch on this rank, H hidden size, A marks and codes.

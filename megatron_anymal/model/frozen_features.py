@@ -63,7 +63,7 @@ def frozen_features(
     Args:
         name: the modality's name.
         media: on the encoder's device.
-        pieces_per_call: most pieces of an encoder call.
+        pieces_per_call: maximum number of pieces per encoder call.
         store: gets the features of pieces that a cache lacks.
         timer: of the encoder's forward passes.
 

@@ -69,8 +69,9 @@ class KeyValueCache:
         Args:
             lengths: tokens of each document in this pass, then those of documents that only pad it.
             inv_freq: [d / 2], see `attention.rotation`.
-            attention: as in `attention.document_pack`. Transformer Engine's and flex attention, one without a cache
-                and one compiled for each length, are replaced by scaled dot-product attention.
+            attention: as in `attention.document_pack`. Transformer Engine's attention, which does not use this cache,
+                and flex attention, which would be recompiled for each length, are replaced by scaled dot-product
+                attention.
 
         Raises:
             DataError: as `attention.document_pack`.

@@ -2,7 +2,8 @@
 
 A block of 64 elements lies within a row, along a linear layer's input, and has its scale in fp32: 0.5625 bytes per
 element. Every tensor-parallel size that splits rows between blocks therefore gives the same values, and those of
-bitsandbytes' `Linear4bit` without nested quantization. bitsandbytes converts; it is imported when the first weight is.
+bitsandbytes' `Linear4bit` without nested quantization. bitsandbytes does the conversion; it is imported when the first
+weight is converted.
 """
 
 from __future__ import annotations

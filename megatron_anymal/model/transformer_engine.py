@@ -25,7 +25,7 @@ from megatron_anymal.model.unsharded_weights import leave_unset
 def layer_spec() -> ModuleSpec:
     """Return the specification of a Llama layer with Transformer Engine modules.
 
-    Their attention's backward pass repeats bit by bit, unless NVTE_ALLOW_NONDETERMINISTIC_ALGO is set to 1.
+    Their attention's backward pass repeats bit for bit, unless NVTE_ALLOW_NONDETERMINISTIC_ALGO is set to 1.
     """
     # Read when layers are built. Transformer Engine's default allows other bits each time.
     os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")

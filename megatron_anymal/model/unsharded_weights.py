@@ -27,7 +27,7 @@ from megatron_anymal.processes.child_processes import share_of_cores
 from megatron_anymal.safetensors_io import raw_bytes
 
 _CPU = torch.device("cpu")
-# Most threads in which a rank hashes weights.
+# Maximum number of threads in which a rank hashes weights.
 _MOST_THREADS = 4
 # Weights with at least this many elements are initialized on the device that holds them.
 _LARGE = 1 << 24

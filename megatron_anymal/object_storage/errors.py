@@ -1,4 +1,4 @@
-"""Errors of object stores: which of them pass, which are final, and the message for the user."""
+"""Errors of object stores: which are transient, which are permanent, and the message for the user."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
 With a frozen base the trainable state is small: weights, main weights and moments of projectors and adapters. A rank
 copies its part to memory that its launcher owns, and from there, in the background, to the launcher of the next node.
-After a failure the run continues from the newest step of which every rank's part is left, which costs at most the steps
-between two copies; checkpoints remain for everything else.
+After a failure the run continues from the newest step for which a copy of every rank's part survives, which costs at
+most the steps between two copies; checkpoints remain for everything else.
 """
 
 from __future__ import annotations

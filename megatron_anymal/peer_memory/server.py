@@ -153,7 +153,7 @@ class MemoryServer:
         with self._lock:
             before = self._writers.get(copy.rank)
             if before is not None and before is not connection:
-                # That of a rank that is gone, perhaps without a goodbye.
+                # Its rank is gone, perhaps without having closed the connection.
                 with suppress(OSError):
                     before.shutdown(socket.SHUT_RDWR)
             self._writers[copy.rank] = connection

@@ -79,8 +79,8 @@ def _copies(run: MeasuredRun, copies: Sequence[Event]) -> None:
     every, save_every = int(copies[-1]["interval"]), run.values.get("save_every")
     if save_every is not None and int(save_every.number) % every:
         run.notes.append(
-            f"Copies in memory every {every} steps are left out: the save interval, {save_every.number:g} steps, is no "
-            "multiple of that."
+            f"Copies in memory every {every} steps are left out: the save interval, {save_every.number:g} steps, is "
+            f"not a multiple of {every}."
         )
         return
     seconds = statistics.fmean(event["seconds"] for event in copies)

@@ -1,4 +1,4 @@
-"""Child processes: that none outlives its parent, how to find and end them, and the cores for them."""
+"""Child processes: make sure that none outlives its parent, find and end them, and count the cores for them."""
 
 from __future__ import annotations
 

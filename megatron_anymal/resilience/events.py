@@ -23,8 +23,8 @@ def record(run_dir: Path | str, kind: str, text: str, **more: Any) -> None:
     """Append an event. A write failure is only reported on standard error, since it must not stop the run.
 
     Args:
-        kind: start, resume, first_step, saved, save_failed, skipped_step, stop_requested, stopped, exception, death,
-            hang, straggler, restart, crash_loop, locked or end.
+        kind: start, resume, first_step, saved, save_failed, copies, skipped_step, stop_requested, stopped, exception,
+            death, hang, straggler, restart, crash_loop, locked or end.
         text: human-readable description, without the kind.
         more: further values, or values that replace `rank`, `attempt` or `step` (-1 if there is none).
     """

@@ -51,7 +51,9 @@ class AnswerResponse(Response):
                 await (await self._whole())(scope, receive, self._patient(send))
         except TimeoutError:
             # Returning without the end of the reply closes the connection.
-            _LOG.warning("a client took nothing for %g s; its request ends", self._service.limits.client_timeout)
+            _LOG.warning(
+                "a client has read nothing for %g s; its request is cancelled", self._service.limits.client_timeout
+            )
         finally:
             watcher.cancel()
             self._service.engine.cancel(self._ticket)
@@ -64,7 +66,7 @@ class AnswerResponse(Response):
         self._service.engine.cancel(self._ticket)
 
     def _patient(self, send: Send) -> Callable[[Message], Awaitable[None]]:
-        """`send` that raises TimeoutError if the client takes nothing."""
+        """`send` that raises TimeoutError if the client reads nothing."""
 
         async def limited(message: Message) -> None:
             async with asyncio.timeout(self._service.limits.client_timeout):

@@ -17,7 +17,7 @@ from typing import Optional
 from megatron_anymal.generation.running_batch import RunningBatch, RunningPrompt
 
 _LOG = logging.getLogger(__name__)
-# Most tokens, with padding, of prompts that are computed in one pass; a single prompt may be longer.
+# Maximum number of tokens, with padding, of prompts computed in one pass; a single prompt may be longer.
 _FIRST_PASS_TOKENS = 8192
 
 
@@ -82,8 +82,9 @@ class Engine:
         """Start the thread.
 
         Args:
-            max_batch: most answers computed together.
-            max_cache_tokens: most tokens in the key-value cache: rows times the longest prompt with its answer.
+            max_batch: maximum number of answers computed together.
+            max_cache_tokens: maximum number of tokens in the key-value cache: rows times the longest prompt with its
+                answer.
         """
         self.max_cache_tokens = max_cache_tokens
         # Whether the last pass failed.

@@ -17,15 +17,15 @@ class ServingLimits:
 
     # Largest body of a request, in bytes.
     max_body_bytes: int = 32 * 2**20
-    # Most requests that wait for a place in the batch.
+    # Maximum number of requests that wait for a place in the batch.
     max_queue: int = 64
-    # Most answers computed together.
+    # Maximum number of answers computed together.
     max_batch: int = 64
-    # Most tokens of an answer; also the default of a request.
+    # Maximum number of tokens in an answer; also the default of a request.
     max_new_tokens: int = 512
-    # Most tokens in the key-value cache: answers in the batch times the longest of them with its prompt.
+    # Maximum number of tokens in the key-value cache: answers in the batch times the longest of them with its prompt.
     max_cache_tokens: int = 131_072
-    # Seconds for which a client may neither send nor take anything.
+    # Seconds for which a client may neither send nor read anything.
     client_timeout: float = 30.0
 
     def __post_init__(self) -> None:

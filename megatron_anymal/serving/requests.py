@@ -75,7 +75,7 @@ def read_request(value: Any, model: str, kinds: Collection[str], max_new_tokens:
     Args:
         model: name of the served model.
         kinds: kinds of its media.
-        max_new_tokens: most tokens that an answer may have.
+        max_new_tokens: maximum number of tokens in an answer.
 
     Raises:
         RequestError: with status 404 for another model, else 400, naming the field.

@@ -26,7 +26,7 @@ def listen(host: str, port: int, client_timeout: float) -> socket.socket:
 
     Args:
         port: 0 takes a free one.
-        client_timeout: seconds after which the kernel drops a connection whose peer takes nothing.
+        client_timeout: seconds after which the kernel drops a connection whose peer reads nothing.
 
     Raises:
         DataError: the address cannot be used.

@@ -98,7 +98,7 @@ class Service:
         limit, body = self.limits.max_body_bytes, bytearray()
         declared = request.headers.get("content-length", "")
         too_large = RequestError(
-            HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"the body is above {limit / 2**20:g} MB (--max-body-mb)."
+            HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"the body is larger than {limit / 2**20:g} MiB (--max-body-mb)."
         )
         if declared.isascii() and declared.isdigit() and int(declared[:20]) > limit:
             raise too_large

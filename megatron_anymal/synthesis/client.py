@@ -172,7 +172,7 @@ class Client:
 
 
 class _Repeat(Exception):
-    """A failure that may pass."""
+    """A failure that may be transient."""
 
     def __init__(self, reason: str, after: Optional[float] = None) -> None:
         super().__init__(reason)

@@ -28,9 +28,9 @@ class ConversationTask:
     system: str
     # Jinja template of the user message, with captions, objects and boxes.
     user: str
-    # Fewest question-answer pairs of a conversation.
+    # Minimum number of question-answer pairs in a conversation.
     min_pairs: int
-    # Most question-answer pairs of a conversation.
+    # Maximum number of question-answer pairs in a conversation.
     max_pairs: int
 
     @property

@@ -102,7 +102,9 @@ def read_costs(file: Path) -> dict[str, float]:
 
 
 def seconds_per_piece(encoder: Encoder, device: torch.device) -> float:
-    """Shortest time that the encoder took for one piece, in seconds; with the backward pass if it trains."""
+    """Shortest measured forward time per piece, in seconds; times 3 for an encoder that trains, for the backward pass,
+    which is not run.
+    """
     generator = torch.Generator(device).manual_seed(0)
     pieces = torch.rand(_PIECES, *encoder.piece_shape, device=device, generator=generator)
     # As in training: layers that draw or count something must not do it here either.

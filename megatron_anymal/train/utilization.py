@@ -75,7 +75,7 @@ class Utilization:
         """Return the line of the log that names the peak."""
         if self._peak is None:
             return "no MFU: the peak rate is unknown. Set trainer.gpu to a GPU of `anymal plan`, or to a measured file."
-        return f"MFU of {self._peak.layers / 1e12:,.4g} TFLOP/s per GPU ({self._peak.source})"
+        return f"MFU relative to a peak of {self._peak.layers / 1e12:,.4g} TFLOP/s per GPU ({self._peak.source})"
 
     def add(self, plan: StepPlan, micro_batches: Sequence[MicroBatch], *, reference: bool) -> None:
         """Count a step.

@@ -212,7 +212,7 @@ def test_limits_and_sampling(run_dir: Path, root: Path, tmp_path: Path) -> None:
         (["--task", "vqa2"], "Did you mean 'vqav2'?"),
         (["--task", "vqav2", "--without-metric", "cidre"], "Did you mean 'cider'?"),
         (["--task", "vqav2", "--without-metric", "vqa_accuracy"], "leaves no metric"),
-        (["--task", "vqav2", "--permute-media"], "--permute-media does not go with --task"),
+        (["--task", "vqav2", "--permute-media"], "--permute-media cannot be combined with --task"),
         (["--task", "vqav2=/none"], "There is no data folder '/none'"),
         (["--task", "vqav2", "--against", "/none.json"], "There are no results '/none.json'"),
         (["--task", "vqav2", "--limit", "0"], "--limit=0"),

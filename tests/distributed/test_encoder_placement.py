@@ -1,4 +1,4 @@
-"""Encoding on all pipeline stages gives, bit by bit, the losses and gradients of encoding on the first one."""
+"""Encoding on all pipeline stages gives, bit for bit, the losses and gradients of encoding on the first one."""
 
 from __future__ import annotations
 

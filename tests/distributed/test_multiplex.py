@@ -359,7 +359,8 @@ def test_a_changed_alignment_is_refused_at_a_resume(
         # Those of the image and the video end with the run, and the rate of the video is constant.
         (
             lambda c: setattr(c.trainer, "max_steps", 9),
-            r"end \(model.multiplex.image.optim.sched.decay_steps, or trainer.max_steps\) 6 -> 9; [^;]*keeps it\. ",
+            r"9 instead of 6 \(model.multiplex.image.optim.sched.decay_steps, or trainer.max_steps if that is 0\): "
+            r"[^;]*to keep it\. ",
         ),
     ]
     for change, message in changes:

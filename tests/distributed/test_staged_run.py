@@ -1,4 +1,4 @@
-"""Runs over the border of two stages: killed and continued bit by bit, and the same under every layout."""
+"""Runs over the border of two stages: killed and continued bit for bit, and the same under every layout."""
 
 from __future__ import annotations
 

@@ -25,7 +25,8 @@ def test_command_runs(quickstart_folder: Path, tmp_path: Path) -> None:
     stored = int(re.findall(r"(\d+) pieces encoded", first)[0])
     assert stored > 0 and "encoding media" in first
     assert (
-        "0 pieces encoded" in second and f"{stored + int(re.findall('([0-9]+) were', first)[0])} were there" in second
+        "0 pieces encoded" in second
+        and f"{stored + int(re.findall('([0-9]+) already', first)[0])} already cached" in second
     )
 
 

@@ -82,7 +82,7 @@ def test_synthesis_commands(tmp_path: Path, tokenizer_folder: str) -> None:
         command = ask.replace("http://localhost:8000", server.url)
         assert "1 sample(s): 1 conversation(s), 0 dropped" in run(command, tmp_path)
         [body] = server.bodies
-    assert body["model"] == "llama" and "cat: 0.1, 0.3, 0.5, 0.8" in body["messages"][1]["content"]
+    assert body["model"] == "MODEL" and "cat: 0.1, 0.3, 0.5, 0.8" in body["messages"][1]["content"]
     [conversation] = map(json.loads, (tmp_path / "conversations.jsonl").read_text().splitlines())
     assert conversation["messages"][1]["content"] == json.loads(good("sample-1"))["conversation"][0]["answer"]
     assert "1 sample" in run(pack.replace("TOKENIZER", tokenizer_folder), tmp_path)

@@ -49,7 +49,7 @@ def test_configuration_is_valid() -> None:
 
 def test_numbers() -> None:
     text = " ".join(PAGE.split())
-    assert f"requests of {REQUEST_BYTES // 2**20} MiB of which four are ahead" in text and _AHEAD == 4
+    assert f"in {REQUEST_BYTES // 2**20} MiB requests, with four in flight ahead" in text and _AHEAD == 4
     assert f"double from {data_section.FIRST_PAUSE} s to {data_section.LONGEST_PAUSE:.0f} s" in text
     names = set(re.findall(r"`([a-z]+_[a-z_]+|attempts|connections)`", PAGE)) - {"max_bad_share", "num_workers"}
     assert names <= set(vars(data_section.StorageConfig()))

@@ -54,7 +54,7 @@ def test_commands_serve_answer_and_end(tmp_path: Path, tokenizer_folder: str) ->
 
 
 def test_fields_and_options_are_listed() -> None:
-    fields = re.findall(r"^\| (`.*?) \| (?:longest|as the|send the|none)", GUIDE, re.M)
+    fields = re.findall(r"^\| (`.*?) \| (?:longest|as the|send the|accepted)", GUIDE, re.M)
     named = {name.split(".")[0] for row in fields for name in re.findall(r"`([\w.]+)`", row)}
     assert named == {*_USED, *_IGNORED} - {"model", "messages"}
     parser = serve._parser()

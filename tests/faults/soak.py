@@ -55,7 +55,7 @@ def main() -> int:
     parser.add_argument(
         "--faults", nargs="+", choices=_FAULTS, help="on one node: kinds of faults (default: all of them)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the faults and their times")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the faults and their times")
     parser.add_argument("--out", type=Path, help="write the results to this JSON file")
     options = parser.parse_args()
     if options.out and not options.out.absolute().parent.is_dir():

@@ -92,7 +92,7 @@ def occurrence(view: RunView, dataset: int, sample: int) -> tuple[int, int]:
 
 def read_packs(view: RunView, chosen: Collection[tuple[int, int]]) -> Iterator[ShownPack]:
     """Read the packs of some samples, given by step and position, in the order in which they run."""
-    # That of a rank without tensor, pipeline and context parallelism, which reads everything.
+    # As a rank without tensor, pipeline and context parallelism has it: it reads everything.
     reader = MicroBatchReader(view.planner, view.tokenizer, view.loaded, RankNeeds(text=True, media=True), view.codes)
     for step in sorted({step for step, _ in chosen}):
         plan, wanted = view.planner.plan(step), {position for at, position in chosen if at == step}

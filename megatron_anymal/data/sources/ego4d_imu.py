@@ -51,7 +51,7 @@ class _Narration:
 class _Recording:
     """The rows of an IMU file, in the order of their times."""
 
-    # Of each row, in ms.
+    # Time of each row, in ms.
     times: array[float]
     # Times and channels of each row, as text.
     rows: list[str]

@@ -42,7 +42,7 @@ class SourceOptions:
     limits: LimitsConfig = field(default_factory=LimitsConfig)
 
     def given(self) -> list[str]:
-        """Names of the options that are set, of those that do not apply to every layout."""
+        """Names of the options that are set and apply to some layouts only."""
         names = ("media", "captions", "split", "narrations", "window")
         return [name for name in names if getattr(self, name) is not None] + (["column"] if self.columns else [])
 

@@ -26,7 +26,8 @@ _TOKEN = re.compile(
 )
 _RENAMED = {"(": "-lrb-", ")": "-rrb-", "{": "-lcb-", "}": "-rcb-", "[": "-lsb-", "]": "-rsb-", '"': "''"}
 JAVA_METRICS = ("spice", "spider")
-# Seconds without an answer after which the download of CoreNLP is given up: many clusters drop what leaves them.
+# Seconds without an answer after which the download of CoreNLP is abandoned: many clusters silently drop outbound
+# traffic.
 _DOWNLOAD_PATIENCE = 20.0
 
 

@@ -102,7 +102,7 @@ def cheapest_that_fits(run: RunSizes, memory: int) -> Recompute | None:
 
 
 def least_that_fit(run: RunSizes, memory: int) -> list[Recompute]:
-    """Return, of each kind of recomputation, the least with which every rank fits, from the least extra work on.
+    """Return the smallest setting of each kind of recomputation with which every rank fits, in order of extra work.
 
     Which of them is fastest depends on the documents, whose attention may take far less than that of a full pack.
 
@@ -118,7 +118,7 @@ def least_that_fit(run: RunSizes, memory: int) -> list[Recompute]:
 
 
 def _that_fit(run: RunSizes, memory: int) -> Iterator[Recompute]:
-    """Yield the candidates with which every rank fits, from the least extra work on."""
+    """Yield the candidates with which every rank fits, in order of extra work, the least first."""
     # The stages that usually hold most come first.
     stages = sorted(range(len(run.stages)), key=lambda stage: (0 < stage < len(run.stages) - 1, stage))
     options = candidates(run)
@@ -135,7 +135,7 @@ def judge(run: RunSizes, recompute: Recompute, memory: int) -> Choice:
 
 
 def candidates(run: RunSizes) -> list[Recompute]:
-    """Return the recomputations that are considered, from the least extra work to the most (every layer)."""
+    """Return the recomputations that are considered, in order of extra work; the last one recomputes every layer."""
     longest = max(map(max, run.chunk_lengths))
     options = [Recompute(), Recompute("selective", ("core_attn",)), Recompute("selective", ("core_attn", "mlp"))]
     options += [Recompute("full", (), "block", layers) for layers in range(1, longest + 1)]

@@ -211,6 +211,6 @@ def _most_off(predicted: Terms, measured: Terms) -> str:
     # The one that points the same way as the whole, and furthest.
     name = max(differences, key=lambda one: differences[one] * (1 if whole >= 0 else -1))
     return (
-        f"The step takes {whole:+.3g}s ({measured.step / predicted.step - 1:+.1%}) against the plan; most of it: "
-        f"{_TITLES[name]}, {differences[name]:+.3g}s."
+        f"The measured step differs from the plan by {whole:+.3g}s ({measured.step / predicted.step - 1:+.1%}); "
+        f"largest contribution: {_TITLES[name]}, {differences[name]:+.3g}s."
     )

@@ -100,7 +100,7 @@ def assumed_workload(model: ModelConfig, seq_length: int, sample_tokens: int = 0
     tokens = sample_tokens or min(seq_length, round(mean_soft + TEXT_TOKENS) if soft else seq_length)
     share = label_share or max(0.0, tokens - mean_soft) / tokens
     samples = model.global_batch_size
-    what = "one encoder input and text" if soft else "a document"
+    what = f"one encoder input plus text, {tokens:,} tokens in all" if soft else f"a document of {tokens:,} tokens"
     return Workload(
         samples=samples,
         tokens=samples * tokens,
@@ -108,7 +108,7 @@ def assumed_workload(model: ModelConfig, seq_length: int, sample_tokens: int = 0
         longest=tokens,
         labels=samples * tokens * share,
         pieces={name: samples / len(soft) for name in model.modalities},
-        origin=f"assumed: every sample is {what} of {tokens:,} tokens, {share:.0%} of them with a label",
+        origin=f"assumed: every sample is {what}, {share:.0%} of them with a label",
     )
 
 

@@ -47,11 +47,11 @@ def encode(folder: Path, *more: str) -> int:
 def test_training_finds_everything(config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert encode(tmp_path) == 0
     out, err = capsys.readouterr()
-    assert "54 pieces encoded, 0 were there, 0 samples" in out and "encoding media: 80 samples" in err
+    assert "54 pieces encoded, 0 already cached, 0 samples" in out and "encoding media: 80 samples" in err
     # Every image and sound is one piece; each modality also has a piece that is compared at a start.
     assert entries(tmp_path) == 54 + 2
     assert encode(tmp_path) == 0
-    assert "0 pieces encoded, 54 were there" in capsys.readouterr().out
+    assert "0 pieces encoded, 54 already cached" in capsys.readouterr().out
     [warm] = run_ranks(1, train, config)
     assert entries(tmp_path) == 54 + 2
     off = copy.deepcopy(config)
@@ -62,7 +62,7 @@ def test_training_finds_everything(config: RunConfig, tmp_path: Path, capsys: py
 
 def test_several_processes(config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert encode(tmp_path, "--processes=2") == 0
-    assert "54 pieces encoded, 0 were there" in capsys.readouterr().out
+    assert "54 pieces encoded, 0 already cached" in capsys.readouterr().out
     assert entries(tmp_path) == 54 + 2
 
 
@@ -91,7 +91,7 @@ runpy.run_module("megatron_anymal", run_name="__main__")
     stored = entries(tmp_path) - 2
     assert 0 < stored < 54
     assert encode(tmp_path) == 0
-    assert f"{54 - stored} pieces encoded, {stored} were there" in capsys.readouterr().out
+    assert f"{54 - stored} pieces encoded, {stored} already cached" in capsys.readouterr().out
 
 
 def test_samples_that_cannot_be_read_are_named(

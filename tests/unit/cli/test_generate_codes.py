@@ -216,7 +216,7 @@ def test_evaluation_compares_codes(
     result = json.loads((tmp_path / "scores.json").read_text())
     # The questions about a drawing are answered with a drawing, of which none is "one".
     assert result["scores"]["trained"]["picture"]["accuracy"] == 2 / 6
-    assert f"{2 / 6:.1%} of 6 exact" in output and "grammatical by itself: " in output
+    assert f"{2 / 6:.1%} of 6 exact" in output and "grammatical without enforcement: " in output
     rows = result["answers"]["trained"]
     assert rows[1]["expected_parts"] == rows[1]["given_parts"] == [{"modality": "picture", "codes": right[1].tolist()}]
     assert rows[3]["given_parts"][0]["codes"] == drawn[3].tolist() and rows[0]["expected"] == "one"
@@ -225,7 +225,7 @@ def test_evaluation_compares_codes(
 REFUSED: list[tuple[list[str], str]] = [
     (
         ["--modalities=text,sound"],
-        "--modalities: 'sound' is not in the model.discrete of this model, which writes: text",
+        "--modalities: 'sound' is not in the model.discrete of this model, which can generate: text",
     ),
     (["--modalities=,"], "--modalities names nothing"),
     (["--code-sampling=sound:top_p=0.5"], "--code-sampling: 'sound' is not in the model.discrete"),

@@ -99,7 +99,7 @@ REFUSED = {
     "infinite": (["--mtbf-per-node-hours=inf"], ["--mtbf-per-node-hours=inf", "finite"]),
     "share": (["--lost-node-share=1.5"], ["--lost-node-share=1.5", "at most 1"]),
     "coverage": (["--peer-every=5", "--peer-coverage=1"], ["--peer-coverage=1", "at most 0.9999"]),
-    "two-mtbf": (["--mtbf-per-gpu-hours=9", "--mtbf-per-node-hours=9"], ["exclude each other"]),
+    "two-mtbf": (["--mtbf-per-gpu-hours=9", "--mtbf-per-node-hours=9"], ["are mutually exclusive"]),
     "peers": (["--peer-stall-seconds=1"], ["--peer-stall-seconds", "--peer-every"]),
     "multiple": (["--save-every=100", "--peer-every=7"], ["--save-every=100", "--peer-every=7", "Try --save-every=98"]),
     "run": (["--run=/nowhere"], ["--run", "/nowhere"]),

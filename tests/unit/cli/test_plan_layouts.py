@@ -255,7 +255,7 @@ REFUSED = {
     "no layout to print": (["--best=0"], ["--best=0", "1 or more"]),
     "negative tokens": (["--sample-tokens=-1"], ["--sample-tokens=-1", "0 or more"]),
     "a share above 1": (["--label-share=1.5"], ["--label-share=1.5", "at most 1"]),
-    "two sources": (["--data=HERE", "--sample-tokens=5"], ["exclude --data"]),
+    "two sources": (["--data=HERE", "--sample-tokens=5"], ["cannot be combined with --data"]),
     "tokens above a pack": (["--sample-tokens=5000"], ["--sample-tokens=5000", "data.seq_length=4096"]),
     "a folder for --html": (["--html=/nowhere/x.html"], ["--html=/nowhere/x.html", "no folder"]),
     "kept keys that allow nothing": (

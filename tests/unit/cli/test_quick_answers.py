@@ -55,7 +55,7 @@ REFUSED = {
     "pretrain --config-name=pretrain_8b_image trainer.max_steps=many": "trainer.max_steps",
     "sft --config-name=pretrain_8b_image": "pretrain",
     "pretrain --config-name=align_all_8b model.lora.r=8": "model.lora.r=8: all alignments",
-    "plan --config-name=align_all_8b --gpus=64 --gpu=h100-80gb": "knows no alignments",
+    "plan --config-name=align_all_8b --gpus=64 --gpu=h100-80gb": "does not support alignments",
     "inspect --config-name=align_all_8b --html=/tmp/never.html": "the run has several (model.multiplex)",
     "launch pretrian": "pretrain",
     "launch pretrain --config-name=nothing": "nothing.yaml",

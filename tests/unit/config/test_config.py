@@ -266,7 +266,7 @@ def test_one_format_for_products() -> None:
     config.model.fp4 = "e2m1"
     check(config)
     config.model.fp8 = "hybrid"
-    with pytest.raises(ConfigError, match=r"model\.fp8=hybrid and model\.fp4=e2m1 exclude each other"):
+    with pytest.raises(ConfigError, match=r"model\.fp8=hybrid and model\.fp4=e2m1 are mutually exclusive"):
         check(config)
 
 
@@ -283,8 +283,8 @@ def test_weights_in_mxfp8_would_take_more_than_in_bf16() -> None:
     ("key", "value", "says"),
     [
         ("model.language_model.freeze", False, r"needs a frozen Llama, but model\.language_model\.freeze=false"),
-        ("model.fp8", "hybrid", r"model\.fp8=hybrid exclude each other"),
-        ("model.fp4", "e2m1", r"model\.fp4=e2m1 exclude each other"),
+        ("model.fp8", "hybrid", r"model\.fp8=hybrid are mutually exclusive"),
+        ("model.fp4", "e2m1", r"model\.fp4=e2m1 are mutually exclusive"),
         (
             "model.transformer_impl",
             "transformer_engine",

@@ -71,7 +71,7 @@ def test_alignments_that_work() -> None:
         ({"model.global_batch_size": 8}, r"model.global_batch_size has no effect.*multiplex.NAME.global_batch_size"),
         ({"model.optim": {"lr": 1}}, r"model.optim has no effect.*set model.multiplex.NAME.optim"),
         ({"trainer.gradient_clip_val": 2}, r"trainer.gradient_clip_val has no effect.*NAME.gradient_clip_val"),
-        ({"trainer.gpu": "h100"}, r"trainer.gpu=h100 compares the run with a plan.*Remove it"),
+        ({"trainer.gpu": "h100"}, r"trainer.gpu=h100 compares the run with a plan.*Remove trainer\.gpu"),
         ({"model.multiplex.audio": None}, r"model.multiplex has no entry for 'audio'.*remove model.modalities.audio"),
         (
             {"model.multiplex.imag": {"datasets": ["pictures"], "global_batch_size": 1}},

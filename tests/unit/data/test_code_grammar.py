@@ -123,9 +123,7 @@ def test_where_a_sequence_stands() -> None:
 
 
 def test_requests_that_cannot_be_met_are_refused() -> None:
-    with pytest.raises(
-        DiscreteCodeError, match="'sound' is not something that this model writes; it writes: text, pic"
-    ):
+    with pytest.raises(DiscreteCodeError, match="This model cannot generate 'sound'; it can generate: text, pic"):
         GRAMMAR.contents(["text", "sound"], ENDS, 10)
     with pytest.raises(DiscreteCodeError, match=r"An answer of 4 token\(s\) has no room for an item of picture, .* 5 "):
         GRAMMAR.contents(["picture"], ENDS, 4)

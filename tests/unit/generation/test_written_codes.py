@@ -238,13 +238,11 @@ def test_codes_of_another_tokenizer_are_refused(tokenizer_folder: str) -> None:
 
 
 def test_what_the_model_does_not_write_is_refused(generator: ExportedGenerator, tokenizer_folder: str) -> None:
-    with pytest.raises(
-        ConfigError, match="'sound' is not something that this model writes; it writes: text, picture, s"
-    ):
+    with pytest.raises(ConfigError, match="This model cannot generate 'sound'; it can generate: text, picture, s"):
         generator.replies([words(1)], Sampling(9, modalities=("text", "sound")))
-    with pytest.raises(ConfigError, match="'sound' is not something that this model writes"):
+    with pytest.raises(ConfigError, match="This model cannot generate 'sound'"):
         generator.replies([words(1)], Sampling(9, codes={"sound": CodeSampling()}))
-    with pytest.raises(ValueError, match="'sound' is not something that this model writes"):
+    with pytest.raises(ValueError, match="This model cannot generate 'sound'"):
         generator._model.generate(torch.tensor([[0, 8]]), modalities=["sound"], max_new_tokens=9)
     from served_models import export_generator
 

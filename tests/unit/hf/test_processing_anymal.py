@@ -196,7 +196,11 @@ def test_an_address_is_fetched(
             DataError,
             "no modality 'depth'; it has: au",
         ),
-        ({"parts": [{"type": "image"}, {"text": "a"}]}, DataError, "a part of type 'image' names its item once"),
+        (
+            {"parts": [{"type": "image"}, {"text": "a"}]},
+            DataError,
+            "a part of type 'image' must name its item exactly once",
+        ),
         ({"parts": [{"media": np.zeros((9, 6)), "modality": "imu"}, {"text": "a"}]}, MediaError, "no sampling rate"),
         ({"parts": [{"media": np.zeros((9, 2)), "sampling_rate": 8}, {"text": "a"}]}, DataError, "one dimension"),
         ({"parts": [{"media": np.zeros(9, int), "sampling_rate": 8}, {"text": "a"}]}, DataError, "floats within"),

@@ -152,7 +152,7 @@ def test_without_a_spare_a_silent_node_is_waited_for(tmp_path: Path) -> None:
         (["--spare"], "--spare needs --nnodes above 1"),
         (
             ["--spare", "--nnodes=2", "--node-rank=1", "--rdzv-endpoint=127.0.0.1:29500"],
-            "--spare has no --node-rank; it is 1",
+            "--spare cannot be combined with --node-rank=1",
         ),
     ],
 )

@@ -153,7 +153,7 @@ def test_with_a_thread_since_it_declines(tmp_path: Path, capfd: pytest.CaptureFi
         assert standby.wait(lambda: None, 60.0)
         time.sleep(1.0)
         assert fork(str(standby.socket), TARGET, ["exit", "0"], environment(), tmp_path, [1, 2]) is None
-        assert "the standby process forks no more: it has 2 threads" in capfd.readouterr().err
+        assert "the standby process declined to fork: it has 2 threads" in capfd.readouterr().err
         standby.give_up()
         standby.begin()
         assert not standby.wait(lambda: None, 60.0)

@@ -111,7 +111,7 @@ def test_a_rank_in_which_something_is_left_ends(
     process = begin(standby, standby.socket, tmp_path / "first", what)
     assert process.wait(30) == 1
     assert (
-        f"not kept for the next attempt, since something is left of this one: {left}"
+        f"cannot stay for the next attempt, because something from this one is left: {left}"
         in (tmp_path / "first" / "err").read_text()
     )
 

@@ -75,7 +75,7 @@ def test_the_term_that_is_off_is_named(term: str, tmp_path: Path) -> None:
     text = compare(config, H100, tmp_path)
     titles = {"forward": "forward passes", "data": "waiting for data", "idle": "bubble, messages, host"}
     last = text.splitlines()[-1]
-    assert "(+30.0%) against the plan" in last and titles.get(term, "") in last
+    assert "(+30.0%); largest contribution: " in last and titles.get(term, "") in last
     assert f"{most / 1e9:.2f} GB predicted, {1.1 * most / 1e9:.2f} GB measured (+10.0%)" in text
     assert str(prediction.layout) in text.splitlines()[0]
 
@@ -116,7 +116,7 @@ def test_a_run_says_where_it_stands_at_its_end(run_of: Path, capsys: pytest.Capt
     [line] = [line for line in report.splitlines() if line.startswith("operations: ")]
     rates = [float(word) for word in re.findall(r"([\d.e-]+) (?:TFLOP/s|\(MFU)", line)]
     assert rates[0] * prediction.step.seconds == pytest.approx(rates[1] * median, rel=0.2)
-    assert "MFU of 66.9 TFLOP/s per GPU (fp32, trainer.gpu=h100-80gb)" in done.stdout
+    assert "MFU relative to a peak of 66.9 TFLOP/s per GPU (fp32, trainer.gpu=h100-80gb)" in done.stdout
     assert all(row["mfu"] == row["tflops_per_gpu"] / 66.9 for row in rows)
 
 

@@ -287,7 +287,7 @@ def test_shares_of_the_peak(config: RunConfig, tmp_path: Path, capfd: pytest.Cap
     assert row["encoder_utilization"] == row["encoder_tflops"]
     assert row["llama_utilization"] == row["llama_tflops"] / 2
     out = capfd.readouterr().out
-    assert "MFU of 2 TFLOP/s per GPU (made up)" in out
+    assert "MFU relative to a peak of 2 TFLOP/s per GPU (made up)" in out
     apart = f"(encoders {row['encoder_utilization']:.1%}, Llama {row['llama_utilization']:.1%})"
     assert f"  {row['tflops_per_gpu']:.3g} TFLOP/s per GPU  MFU {row['mfu']:.1%} {apart}  memory" in out
 
