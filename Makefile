@@ -1,12 +1,12 @@
 PYTHON ?= python3.11
-# An environment for each Python: both lines of megatron-core can be installed side by side.
+# One environment per Python, so that both release lines of megatron-core can be installed side by side.
 VENV ?= .venv$(if $(filter python3.11,$(notdir $(PYTHON))),,-$(notdir $(PYTHON)))
-# A requirement for pip, whose variables (PIP_EXTRA_INDEX_URL, ...) choose the build: docs/start/install.md.
+# pip's requirement for torch; pip's variables (PIP_EXTRA_INDEX_URL, ...) choose the build: docs/start/install.md.
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-# An environment with Transformer Engine, for test-te; TE_WHEELS is a folder that keeps what is built.
+# An environment with Transformer Engine, for test-te; TE_WHEELS is a folder that keeps the built wheels.
 TE_PYTHON ?= python3.12
 TE_VENV ?= .venv-te
 TE_TORCH ?= torch==2.11.0
@@ -17,7 +17,7 @@ TE_INSTALLED := $(TE_VENV)/.installed
 
 venv: $(INSTALLED)
 
-# torch first: the packages after it then take the installed one.
+# torch first, so that the packages after it use the installed version.
 $(INSTALLED): setup.py
 	mkdir -p $(VENV) && date +%s > $(VENV)/.begun
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -29,9 +29,9 @@ $(INSTALLED): setup.py
 quickstart: $(INSTALLED)
 	$(BIN)/python -m examples.quickstart --install-seconds $$(cat $(INSTALLED))
 
-# In the order of the folders: the many short tests come last and keep every process busy to the end.
+# Files run in folder order: the many short tests come last and keep every process busy to the end.
 SPREAD := --dist loadfile --no-loadscope-reorder
-# Slow tests that measure how soon a hang is found, or run a Slurm: after the others, by themselves.
+# Slow tests that measure how fast a hang is detected, or that run Slurm: they run after the others, one at a time.
 ALONE := $(wildcard tests/faults/test_launch*.py tests/faults/test_sigkill*.py) \
 	tests/faults/test_rank_faults.py tests/faults/test_rank_heartbeat.py tests/faults/test_rank_signals.py tests/slurm
 
@@ -39,7 +39,7 @@ ALONE := $(wildcard tests/faults/test_launch*.py tests/faults/test_sigkill*.py) 
 test: $(INSTALLED)
 	@$(BIN)/python -m pytest -m "not slow and not te" -n 3 $(SPREAD)
 
-# Transformer Engine's own classes on the CPU: docs/start/install.md. TE_VENV may be an environment that has them.
+# Transformer Engine's own classes on the CPU: docs/start/install.md. TE_VENV may already have them.
 test-te: $(TE_INSTALLED)
 	$(TE_VENV)/bin/python -m pytest tests/te
 
@@ -62,12 +62,12 @@ test-all: $(INSTALLED)
 parity: $(INSTALLED)
 	PYTHONPATH=.:tests OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m parity
 
-# Random faults, one a minute, for 20 minutes; compared with an undisturbed run. SOAK="--nodes 2": nodes are lost.
+# Random faults, one a minute, for 20 minutes; compared with an undisturbed run. With SOAK="--nodes 2", nodes are lost.
 soak: $(INSTALLED)
 	mkdir -p runs
 	PYTHONPATH=.:tests:tests/faults:benchmarks OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m soak --minutes 20 --out runs/soak.json $(SOAK)
 
-# 10,000 mutated files over five seeds, some minutes; ends with an error if one is lost in silence or breaks a reader.
+# 10,000 mutated files over five seeds, in a few minutes; fails if a file is lost silently or breaks a reader.
 fuzz: $(INSTALLED)
 	PYTHONPATH=.:tests OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m fuzz $(FUZZ)
 

@@ -1,4 +1,4 @@
-"""Measure the evaluation of prepared samples with media read ahead by other processes, and read in between.
+"""Compare the evaluation of prepared samples with media read ahead by other processes, and with media read in between.
 
     python benchmarks/answering.py --checkpoint RUN --data FOLDER [--data FOLDER] --out results.json
 
@@ -28,7 +28,7 @@ from megatron_anymal.parallel import shutdown
 
 
 def compare(generator: NativeGenerator, prompts: Sequence[Prompt], batch_size: int, rounds: int) -> dict[str, Any]:
-    """Answer the prompts both ways in turns; seconds by the clock.
+    """Answer the prompts both ways in turns; wall-clock seconds.
 
     Raises:
         ValueError: the answers differ.
@@ -85,8 +85,8 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help="a run of the trainer, or one of its checkpoints")
     parser.add_argument("--data", action="append", required=True, help="prepared folder; may be repeated")
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=3, help="at least 2, to compute quartiles")
+    parser.add_argument("--batch-size", type=int, default=64, help="prompts per batch (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds, at least 2 (default: %(default)s)")
     parser.add_argument("--out", help="JSON file for the results")
     arguments = parser.parse_args(argv)
     if arguments.rounds < 2:

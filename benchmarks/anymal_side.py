@@ -188,7 +188,7 @@ def layer_parameters(hidden: int, heads: int, key_value_heads: int, head_size: i
 
 
 def output_parameters(hidden: int, heads: int, head_size: int, ffn: int) -> int:
-    """Those of them after the layer's attention, which the last layer uses at positions with a label only."""
+    """The part of them after the layer's attention, which the last layer uses only at positions with a label."""
     return hidden * head_size * heads + 3 * hidden * ffn
 
 

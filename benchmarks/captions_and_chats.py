@@ -47,10 +47,10 @@ class MixedSizes:
     vocabulary: int = 32_000
     # Longest document and longest pack, in tokens.
     seq_length: int = 2048
-    # Samples of a step; 0: as many as about fill a pack of 2,048 tokens.
+    # Samples of a step; 0: about as many as fill a pack of 2,048 tokens.
     documents: int = 0
     soft_tokens: int = 64
-    # Texts have this fraction of their realistic lengths.
+    # Texts are this many times shorter than realistic ones.
     text_divisor: int = 1
 
 

@@ -5,7 +5,7 @@
 Runs the quickstart's alignment of image, audio and IMU (its model, batches and optimizer, in one process), with a
 checkpoint every 20 steps. Rounds without a checkpoint, with an asynchronous and with a synchronous one alternate, so
 that other load on the machine affects all of them equally. A round begins with its checkpoint; its stall is the time
-spent in calls for it at the beginning and at the end, when a newer checkpoint would wait for it.
+spent in checkpoint calls at the beginning of the round and at the end, when the next checkpoint would wait for it.
 """
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ def main(argv: Sequence[str]) -> int:
     """Run the benchmark; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", help="JSON file for the results, including raw numbers")
-    parser.add_argument("--every", type=int, default=20, help="steps between two checkpoints")
+    parser.add_argument("--every", type=int, default=20, help="steps between two checkpoints (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=10, help="measured rounds of each kind, after one warm-up round")
     arguments = parser.parse_args(argv)
     if arguments.every < 1 or arguments.rounds < 1:

@@ -196,11 +196,13 @@ def say(measured: ConversionRounds) -> dict[str, Any]:
 
 def main() -> None:
     """Measure and print; with `--out` also write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--gigabytes", type=float, default=4.0, help="size of the Llama")
-    parser.add_argument("--hidden", type=int, default=4096, help="hidden size of the Llama")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gigabytes", type=float, default=4.0, help="size of the Llama in GB (default: %(default)s)")
+    parser.add_argument("--hidden", type=int, default=4096, help="hidden size of the Llama (default: %(default)s)")
     parser.add_argument("--processes", type=int, default=min(os.cpu_count() or 1, 4), help="workers of the import")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="rounds of copy, import and export (default: %(default)s)"
+    )
     parser.add_argument("--folder", default=".", help="folder on the disk to measure")
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     arguments = parser.parse_args()

@@ -200,8 +200,8 @@ def serve_peer(peer: str, folder: Path) -> None:
 def main() -> None:
     """Run the benchmark and print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shards", type=int, default=500)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--shards", type=int, default=500, help="damaged shards (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the damage (default: %(default)s)")
     parser.add_argument("--energon-python", help="Python executable with megatron-energon installed")
     parser.add_argument("--out", help="JSON file for the raw numbers")
     parser.add_argument("--read-with", nargs=2, metavar=("PEER", "FOLDER"), help=argparse.SUPPRESS)

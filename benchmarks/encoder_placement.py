@@ -31,9 +31,9 @@ BAR = 0.85
 STAGES, LAYERS, MICRO_BATCHES = 4, 8, 16
 # Seconds that a layer sleeps in its forward pass; its backward pass takes twice as long.
 DELAY = 0.03
-# The encoder's seconds per micro-batch, of which a stage's layers take three quarters of the first stage's total.
+# The encoder's seconds per micro-batch: a quarter of the first stage's total; its layers take the other three quarters.
 ENCODER = 3 * DELAY * LAYERS / STAGES / 3
-# Steps of a turn. The first encodes when it begins, and the last encodes nothing ahead.
+# Steps of a turn. The first step encodes its media when it begins, and the last one encodes nothing ahead.
 STEPS = 4
 
 
@@ -44,7 +44,7 @@ def configuration(folder: Path) -> RunConfig:
     config = make_config(shards, tokenizer, folder / "run")
     model = config.model
     model.modalities = {"image": model.modalities["image"]}
-    # So many that two samples do not fit into a pack.
+    # Enough soft tokens that two samples do not fit into a pack.
     model.modalities["image"].projector.num_tokens, config.data.seq_length = 24, 44
     model.language_model.config["num_hidden_layers"], model.language_model.freeze = LAYERS, False
     model.global_batch_size = MICRO_BATCHES
@@ -89,7 +89,7 @@ def simulated(encoder: float) -> float:
 
 
 def measured(turns: int) -> dict[str, Any]:
-    """Both placements in turns."""
+    """Measure both placements in turns."""
     taken: dict[str, list[float]] = {"first_stage": [], "all_stages": []}
     losses: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -115,8 +115,10 @@ def measured(turns: int) -> dict[str, Any]:
 def main(argv: list[str]) -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--turns", type=int, default=3, help="turns of each placement, two or more")
-    parser.add_argument("--out", help="file for the results")
+    parser.add_argument(
+        "--turns", type=int, default=3, help="turns of each placement, at least 2 (default: %(default)s)"
+    )
+    parser.add_argument("--out", help="JSON file for the results")
     arguments = parser.parse_args(argv)
     results = measured(arguments.turns)
     first, spread = (min(results["seconds"][name]) for name in ("first_stage", "all_stages"))

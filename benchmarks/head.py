@@ -17,14 +17,14 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from anymal_side import StepSizes, make_config, write_data
-from measuring import PeakMemory, ratio, surroundings, take_turns
+from measuring import PeakMemory, add_arguments, ratio, surroundings, take_turns
 from torch import Tensor
 
 from megatron_anymal.config import RunConfig
@@ -229,8 +229,7 @@ def main(argv: Sequence[str]) -> int:
     """Run the benchmark; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", help="JSON file for the results")
-    for field in fields(HeadSizes):
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=int, default=field.default)
+    add_arguments(parser, HeadSizes)
     arguments = vars(parser.parse_args(argv))
     out = arguments.pop("out")
     if arguments["rounds"] < 2:

@@ -2,10 +2,10 @@
 
     python benchmarks/index_scale.py --samples 100000000 --folder /scratch --out results.json
 
-The index is made up: each sample has an image and a caption; it takes about 110 bytes of disk per sample and is removed
-at the end. A new process measures it. `bare reads` reads the rows of the same samples from memory-mapped files, without
-any planning. `without bounds` is a planner for an index of an earlier version, which reads every row to find samples
-that are too long. All reads come from the page cache if the machine's memory holds the files.
+The index is synthetic: each sample has an image and a caption. It takes about 110 bytes of disk per sample and is
+removed at the end. A separate process measures it. `bare reads` reads the rows of the same samples from memory-mapped
+files, without any planning. `without bounds` is a planner for an index of an earlier version, which reads every row to
+find samples that are too long. All reads come from the page cache if the machine's memory holds the files.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from megatron_anymal.data.planner import BatchLayout, BatchPlanner, PlannedModal
 from megatron_anymal.data.shard_index import ShardIndex
 from megatron_anymal.modalities import build_modality
 
-# Of a shard, and how far apart its samples are in bytes.
+# Samples per shard, and the distance between two samples in bytes.
 SHARD, APART = 10_000, 10_240
 GLOBAL_BATCH, SEQ_LENGTH = 26_880, 4096
 
 
 class NoTokenizer:
-    """Stands for the tokenizer of the index, which planning only compares."""
+    """Stands in for the tokenizer of the index, of which planning only compares the fingerprint."""
 
     def fingerprint(self) -> str:
-        """That of the header."""
+        """The fingerprint in the index header."""
         return "made up"
 
 
@@ -98,13 +98,13 @@ def bare_reads(folder: Path, sample: np.ndarray) -> None:
 
 
 def memory() -> dict[str, int]:
-    """Resident memory of this process in bytes: its own, and pages of mapped files, which the system may take back."""
+    """Resident memory of this process in bytes: its own, and pages of mapped files, which the system may reclaim."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return {name: int(lines[name].split()[0]) * 1024 for name in ("RssAnon", "RssFile")}
 
 
 def seconds_of(call: Callable[[], Any]) -> tuple[dict[str, float], Any]:
-    """Seconds of a call, by the clock and of the processor, and its result."""
+    """Wall-clock and processor seconds of a call, and its result."""
     wall, cpu = time.perf_counter(), time.process_time()
     result = call()
     return {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}, result
@@ -138,7 +138,7 @@ def report(samples: int, results: dict[str, Any]) -> None:
     seconds = results["seconds"]
     print(f"{samples:,} samples, {results['index_bytes'] / 1e9:.1f} GB")
     for name in ("open", "planner", "without bounds"):
-        print(f"{name:<16} {seconds[name]['wall']:8.3f} s ({seconds[name]['cpu']:.3f} s of the processor)")
+        print(f"{name:<16} {seconds[name]['wall']:8.3f} s (processor time {seconds[name]['cpu']:.3f} s)")
     for name in ("plan", "bare reads"):
         walls, cpus = ([turn[kind] for turn in seconds[name]] for kind in ("wall", "cpu"))
         print(f"{name:<16} {statistics.median(walls):8.3f} s ({statistics.median(cpus):.3f} s), first {walls[0]:.3f} s")
@@ -150,9 +150,9 @@ def report(samples: int, results: dict[str, Any]) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print, and with `--out` write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=10_000_000)
-    parser.add_argument("--steps", type=int, default=10, help="random steps to plan")
-    parser.add_argument("--folder", help="where the index is made (default: the folder of temporary files)")
+    parser.add_argument("--samples", type=int, default=10_000_000, help="samples in the index (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=10, help="random steps to plan (default: %(default)s)")
+    parser.add_argument("--folder", help="folder for the index (default: the folder of temporary files)")
     parser.add_argument("--out", help="JSON file for the results")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)

@@ -1,17 +1,17 @@
-"""Measure how fast shards are indexed: against just reading them, by one process and by two, and what rows cost.
+"""Measure how fast shards are indexed: against only reading them, with one process and with two, and the cost of rows.
 
     python benchmarks/indexing.py --out results.json
 
 1. Two floors alternate with `anymal prepare --index-only` (one process, startup excluded): Python's `tarfile` reading
    all members, and webdataset's reader grouping members into samples. Both silently lose samples of damaged shards
    (benchmarks/damaged_shards.py); the index accounts for every byte, probes the media and counts the text's tokens.
-2. The whole command by the clock, with `--workers 1` and `--workers 2` in turn on a larger folder; and on a folder of
-   one sample, which shows how much of that is Python's start and end and the import of transformers.
-3. Rows of made-up samples, in two sizes (index_memory.py): time to fill them, and growth of the peak memory.
+2. Wall-clock time of the whole command, with `--workers 1` and `--workers 2` in turn on a larger folder; and on a
+   folder of one sample, which shows how much of it is the start and exit of Python and the import of transformers.
+3. Rows of synthetic samples, in two sizes (index_memory.py): time to fill them, and growth of the peak memory.
 4. With `--energon PATH`, the command `energon` of an environment with megatron-energon: processor time of the whole
    commands `anymal prepare --index-only` and `energon prepare` on the larger folder, and on a folder of one sample,
-   which is their start. `energon prepare` reads the headers of the tar files; with `--media-metadata-by-extension` it
-   also probes the media, as the index does. It counts no tokens.
+   which measures their startup. `energon prepare` reads the headers of the tar files; with
+   `--media-metadata-by-extension` it also probes the media, as the index does. It counts no tokens.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def against_floors(folder: Path, tokenizer: Path, count: int, rounds: int) -> di
 
 
 def command_seconds(folder: Path, tokenizer: Path, workers: int, count: int) -> float:
-    """Seconds by the clock of the whole command."""
+    """Wall-clock seconds of the whole command."""
     command = [sys.executable, "-m", "megatron_anymal", "prepare", *arguments_of(folder, tokenizer, workers)]
     begun = time.perf_counter()
     subprocess.run(command, check=True, capture_output=True)
@@ -203,7 +203,7 @@ def against_energon(
         start = seconds[f"{name}, one sample"]
         ratio = seconds[name] / seconds["anymal prepare"]
         each = (seconds[name] - start) / count * 1e6
-        print(f"{name:<24} {seconds[name]:6.2f} s of the processor ({ratio:.2f} x), after the start {each:.0f} us each")
+        print(f"{name:<24} {seconds[name]:6.2f} s CPU time ({ratio:.2f} x), without startup {each:.0f} us per sample")
     code = "import importlib.metadata; print(importlib.metadata.version('megatron-energon'), end='')"
     python = str(Path(energon).with_name("python"))
     version = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True).stdout
@@ -228,12 +228,25 @@ def rows_of(sizes: Sequence[int]) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print, and with `--out` write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shards", type=int, default=4)
-    parser.add_argument("--samples", type=int, default=1000, help="samples per shard")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--worker-shards", type=int, default=64, help="shards of the folder for one and two processes")
-    parser.add_argument("--worker-samples", type=int, default=4000, help="samples of each of these shards")
-    parser.add_argument("--worker-rounds", type=int, default=3)
+    parser.add_argument(
+        "--shards", type=int, default=4, help="shards of the folder compared with the floors (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--samples", type=int, default=1000, help="samples of each of these shards (default: %(default)s)"
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of this comparison (default: %(default)s)")
+    parser.add_argument(
+        "--worker-shards", type=int, default=64, help="shards of the larger folder (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--worker-samples",
+        type=int,
+        default=4000,
+        help="samples of each shard of the larger folder (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--worker-rounds", type=int, default=3, help="rounds on the larger folder (default: %(default)s)"
+    )
     parser.add_argument("--rows", type=int, nargs=2, default=(100_000, 1_000_000), help="numbers of made-up samples")
     parser.add_argument("--energon", help="the command energon of an environment with megatron-energon")
     parser.add_argument("--out", help="JSON file for the results")
@@ -256,7 +269,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = rows_of(arguments.rows)
     if arguments.out:
         body = {
-            # Without the folders of this machine.
+            # Without paths, which are those of this machine.
             "command": " ".join(
                 ["python", *(word if "/" not in word or word == sys.argv[0] else "PATH" for word in sys.argv)]
             ),

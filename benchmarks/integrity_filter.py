@@ -1,10 +1,10 @@
-"""`anymal prepare --filter integrity=FILE` with samples checked together, against one at a time.
+"""`anymal prepare --filter integrity=FILE` with samples checked in batches, against one at a time.
 
     PYTHONPATH=tests python benchmarks/integrity_filter.py --samples 512
 
 Samples have a picture, a question and an answer; the classifiers are a RegNetY and a BERT, trained on planted patterns.
-Both orders run in this process, `--rounds` times in turn, and the ratio of their medians is taken. Prints one JSON
-object: samples per second of processor time and of the clock for both, and the ratios. The shards must be equal.
+Both variants run in this process, `--rounds` times in turn, and the ratio of their medians is taken. Prints one JSON
+object: samples per second of processor time and of wall time for both, and the ratios. The shards must be equal.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ TOGETHER = filters._TOGETHER
 
 
 def write_samples(folder: Path, count: int) -> Path:
-    """Write pictures and a manifest; one sample of sixteen has a planted word."""
+    """Write pictures and a manifest; one sample in sixteen has a planted word."""
     rng = np.random.default_rng(0)
     lines = []
     for number, picture in enumerate(digits(False, 3, count)):
@@ -54,7 +54,7 @@ def write_samples(folder: Path, count: int) -> Path:
 
 
 def packed(words: list[str], out: Path, together: int) -> tuple[float, float, bytes]:
-    """Seconds of processor time and of the clock for one packing, and its shards."""
+    """Processor and wall-clock seconds of one packing, and its shards."""
     filters._TOGETHER = together
     processor, clock = time.process_time(), time.perf_counter()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
@@ -66,8 +66,8 @@ def packed(words: list[str], out: Path, together: int) -> tuple[float, float, by
 def main() -> None:
     """Run the benchmark and print its result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=512)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--samples", type=int, default=512, help="samples of the manifest (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of both variants (default: %(default)s)")
     sizes, around = parser.parse_args(), surroundings()
     rounds: dict[int, list[tuple[float, float]]] = {TOGETHER: [], 1: []}
     with tempfile.TemporaryDirectory() as name:
@@ -84,7 +84,7 @@ def main() -> None:
                 processor, clock, content = packed(words, folder / "out", together)
                 shards.add(content)
                 rows.append((processor, clock))
-    assert len(shards) == 1, "the samples that are kept differ"
+    assert len(shards) == 1, "the two variants keep different samples"
     medians = {together: [statistics.median(column) for column in zip(*rows)] for together, rows in rounds.items()}
     names = ("samples_per_processor_second", "samples_per_second")
     result = {

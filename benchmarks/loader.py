@@ -2,12 +2,12 @@
 
     PYTHONPATH=.:tests OMP_NUM_THREADS=1 python benchmarks/loader.py --out results.json
 
-All read the same shards in one process without workers, by turns: media to encoder input, text to token IDs, batches.
-The peers use the transforms that their users write (loader_peers.py): Pillow's bicubic filter, transformers' CLAP
-extractor, videos decoded from the start; the results are compared. This trainer also plans and packs. Its images and
-videos are measured with both values of `resize_backend`; with pillow, its pixels are those of the peers.
+All sides read the same shards in turn, in one process without workers: media to encoder input, text to token IDs,
+batches. The peers use the transforms that their users write (loader_peers.py): Pillow's bicubic filter, transformers'
+CLAP extractor, videos decoded from the start; the results are compared. This trainer also plans and packs. Its images
+and videos are measured with both values of `resize_backend`; with pillow, its pixels are those of the peers.
 
-Further rows show the floor, decoding alone, and what single parts cost in the plain way and in this trainer.
+Further rows show the floor (decoding alone), and the cost of single parts, done the plain way and this trainer's way.
 
 webdataset is the installed version. megatron-energon needs an environment of its own, with the libraries of the media:
 
@@ -97,7 +97,7 @@ def timed(call: Callable[[], int], expected: int) -> float:
 
 
 def settings_of(data: DataSource, kind: Kind) -> dict[str, Any]:
-    """What the peers' transform needs to produce the same encoder input."""
+    """Settings with which the peers' transform produces the same encoder input."""
     if kind.modality == "image":
         return {"side": SIDE}
     if kind.modality == "audio":
@@ -181,8 +181,8 @@ def _pieces(data: DataSource, kind: Kind) -> int:
 def take_turns(sides: dict[str, Callable[[], float]], rounds: int, samples: int) -> dict[str, list[float]]:
     """Samples per CPU second of each side and round.
 
-    A pass that is not counted precedes each that is: what another side has freed, a virtual machine gives back to its
-    host, and touching it again can take a quarter of a pass.
+    Each counted pass follows one that is not counted: a virtual machine gives memory that another side has freed back
+    to its host, and touching it again can take a quarter of a pass.
     """
     turns: dict[str, list[float]] = {side: [] for side in sides}
     for number in range(rounds):
@@ -206,7 +206,7 @@ def report(name: str, turns: dict[str, list[float]]) -> None:
 
 
 def measured(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """CPU milliseconds per call, by turns."""
+    """CPU milliseconds per call; the calls take turns."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         call()
@@ -224,14 +224,16 @@ def show_parts(parts: dict[str, Any]) -> None:
     """Print floors and parts."""
     for title, times in (("floor", parts["floors_ms"]), ("part", parts["parts_ms"])):
         for name, values in times.items():
-            print(f"  {title}: {name:<52} {statistics.median(values):9.3f} ms (least {min(values):.3f})")
+            print(f"  {title}: {name:<52} {statistics.median(values):9.3f} ms (min {min(values):.3f})")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print, and with `--out` write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", action="append", choices=list(KINDS), help="a kind to measure; repeatable")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--only", action="append", choices=list(KINDS), help="kind of media to measure; may be repeated (default: all)"
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of all sides (default: %(default)s)")
     parser.add_argument("--samples", type=int, help="samples per round and kind, a multiple of its batch")
     parser.add_argument("--energon-python", default="", help="Python executable with megatron-energon installed")
     parser.add_argument("--out", help="JSON file for the results")

@@ -26,19 +26,19 @@ SECONDS, RATE, VIDEO_RATE = 10, 44_100, 30
 
 @dataclass(frozen=True)
 class Kind:
-    """What is measured of one kind of media."""
+    """How one kind of media is measured."""
 
-    # Its modality, and the ending of its files.
+    # Its modality, and the extension of its files.
     modality: str
     ending: str
-    # From a seed to a file.
+    # Makes a file from a seed.
     make: Callable[[int], bytes]
     # Options of the modality.
     options: dict[str, Any]
     # Samples per round and per step.
     samples: int
     batch: int
-    # At least this many times the samples per CPU second of webdataset.
+    # Smallest acceptable ratio to webdataset's samples per CPU second.
     bar: float
 
 

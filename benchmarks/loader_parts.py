@@ -45,7 +45,7 @@ def all_frames(data: bytes) -> int:
 
 
 def parts(kind: str, data: bytes, modality: Any) -> Calls:
-    """Parts of loading one file, with the names of their ways."""
+    """Parts of loading one file; each name ends with the implementation."""
     if isinstance(modality, ImageModality):
         return _image_parts(data, modality.pixels)
     if isinstance(modality, AudioModality):
@@ -70,7 +70,7 @@ def _image_parts(data: bytes, transform: PixelTransform) -> Calls:
         "resize, torch": lambda: with_torch(pixels, side, 3),
         "normalise, channels last": lambda: plainly_normalised(resized, transform),
         "normalise, plane by plane in place": lambda: transform.normalise(resized, out),
-        "check for non-finite values, now only for floats": lambda: np.isfinite(out).all(),
+        "check for non-finite values, done only for floats": lambda: np.isfinite(out).all(),
     }
 
 

@@ -1,6 +1,6 @@
 """How other loaders read the shards of benchmarks/loader.py: with the transforms that their users write.
 
-Run as a script, this serves one peer in its own Python environment: each line of the input is a round.
+Run as a script, this serves one peer in its own Python environment: each input line starts a round.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ def timed_steps(config: RunConfig, seconds_per_position: float) -> tuple[list[fl
     """In a rank: seconds of each step, and losses of each alignment.
 
     Args:
-        seconds_per_position: that a layer sleeps in its forward pass.
+        seconds_per_position: seconds that a layer sleeps in its forward pass.
     """
     from megatron_anymal.data.loader import steps
     from megatron_anymal.parallel import initialize
@@ -82,7 +82,7 @@ def timed_steps(config: RunConfig, seconds_per_position: float) -> tuple[list[fl
 
 
 def counted(config: RunConfig) -> dict[str, float]:
-    """In a rank: what the steps of a run compute, by its plans.
+    """In a rank: amounts that the steps of a run compute, counted from its plans.
 
     Returns:
         Steps, micro-batches, token positions of these, and positions that a stage works on or waits for.
@@ -113,7 +113,7 @@ def counts_of(config: RunConfig) -> dict[str, dict[str, float]]:
 
 
 def measured(turns: int, seconds_per_position: float) -> dict[str, Any]:
-    """Both sides in turns, and what they compute."""
+    """Measure both sides in turns, and count what they compute."""
     taken: dict[str, list[float]] = {"separate": [], "together": []}
     with tempfile.TemporaryDirectory() as folder:
         config = configuration(Path(folder))
@@ -122,7 +122,7 @@ def measured(turns: int, seconds_per_position: float) -> dict[str, Any]:
             for side in list(taken)[:: 1 if turn % 2 == 0 else -1]:
                 runs = [config] if side == "together" else [alone(config, name) for name in NAMES]
                 ranks = [run_ranks(STAGES, timed_steps, run, seconds_per_position) for run in runs]
-                # A step has ended when its slowest rank has.
+                # A step ends when its slowest rank finishes it.
                 taken[side].append(sum(max(step) for run in ranks for step in zip(*(rank[0][1:] for rank in run))))
                 by_side[side] = {name: losses for run in ranks for name, losses in run[-1][1].items()}
             apart = largest_difference(by_side["together"], by_side["separate"])
@@ -158,9 +158,14 @@ def share(counts: Mapping[str, Mapping[str, float]]) -> float:
 def main(argv: list[str]) -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--turns", type=int, default=3, help="turns of each side, two or more")
-    parser.add_argument("--milliseconds", type=float, default=4.0, help="time that a layer sleeps per token position")
-    parser.add_argument("--out", help="file for the results")
+    parser.add_argument("--turns", type=int, default=3, help="turns of each side, at least 2 (default: %(default)s)")
+    parser.add_argument(
+        "--milliseconds",
+        type=float,
+        default=4.0,
+        help="milliseconds that a layer sleeps per token position (default: %(default)s)",
+    )
+    parser.add_argument("--out", help="JSON file for the results")
     arguments = parser.parse_args(argv)
     results = measured(arguments.turns, arguments.milliseconds / 1e3)
     for side, counts in results["counts"].items():

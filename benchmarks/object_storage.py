@@ -1,4 +1,4 @@
-"""Measure reading micro-batches from an S3 server with a latency of its own.
+"""Measure reading micro-batches from an S3 server with artificial latency.
 
     PYTHONPATH=.:tests python benchmarks/object_storage.py --out results.json
 
@@ -6,10 +6,10 @@ An S3 server (moto) on loopback answers every request for a shard after `--laten
 that most of the time is spent waiting and hardly any in computing. One loader process reads the same micro-batches in
 turns:
 
-- member by member: one request per text and media item, each after the one before;
-- coalesced: the requests of a micro-batch at once, neighbours together;
-- read ahead: as well as those of the two coming micro-batches;
-- cached: from blocks on the local disk that an earlier pass has read.
+- member by member: one request per text and media item, one after the other;
+- coalesced: all requests of a micro-batch at once, with neighbouring ranges merged;
+- read ahead: the same, together with the requests of the next two micro-batches;
+- cached: from blocks that an earlier pass has stored on the local disk.
 """
 
 from __future__ import annotations
@@ -55,11 +55,17 @@ def sides(cache: Path) -> dict[str, StorageConfig]:
 def main() -> None:
     """Measure all ways in turns, print a table and write the numbers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=400)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--latency", type=float, default=0.03, help="latency of each request, in seconds")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--samples", type=int, default=400, help="samples in the shards (default: %(default)s)")
+    parser.add_argument(
+        "--steps", type=int, default=20, help="steps whose micro-batches are read (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--latency", type=float, default=0.03, help="latency of each request, in seconds (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="measured rounds, after one that fills the cache (default: %(default)s)"
+    )
+    parser.add_argument("--out", type=Path, help="JSON file for the results")
     arguments = parser.parse_args()
     rounds_of: dict[str, list[dict[str, float]]] = {}
     request = MicroBatchReader.request

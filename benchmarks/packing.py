@@ -1,11 +1,11 @@
-"""Measure how full and how even packs are, and how long planning a step takes, beside what is possible.
+"""Measure how full and how even packs are, and how long planning a step takes, against what is possible.
 
     python benchmarks/packing.py --out results.json
     python benchmarks/packing.py --index 1000000 10000000 100000000 --out results.json
 
 The mix is long-tailed, like image, video and audio captions with some long documents: most samples have one encoder
 input of 64 soft tokens and a short caption, one in ten has several inputs, one in fifty has up to thousands of text
-tokens. Planning reads an index of made-up samples (`plan_index.py`; 13 GB for a hundred million). All times are
+tokens. Planning reads an index of synthetic samples (`plan_index.py`; 13 GB for a hundred million). All times are
 processor time, user and system, on one core.
 """
 
@@ -32,11 +32,11 @@ from megatron_anymal.data.packing import pack
 
 CAPACITY = 8192
 REPLICAS = 8
-# (samples, number of packs is a multiple of this, their length is padded to a multiple of this).
+# (samples, divisor of the number of packs, divisor of their padded length).
 CASES = ((1024, 1, 1), (1024, 8, 64), (26_880, 1, 1), (26_880, 64, 64))
 # Samples and replicas of batches of images, videos and audio.
 MIXED = ((1024, 8), (1024, 24), (26_880, 256))
-# Least share of real tokens, highest encoder cost of a replica relative to the mean, seconds per step, resident bytes.
+# Least share of real tokens; largest encoder cost of a replica relative to the mean, seconds per step, memory in bytes.
 BARS = {"share": 0.99, "cost_over_replicas": 1.05, "seconds": 0.1, "memory": 10**9}
 # Encoder inputs of published models: elements, floating-point operations (Encoder.flops_per_piece), soft tokens.
 ENCODERS = {
@@ -136,7 +136,7 @@ def planned(samples: int, folder: str) -> dict[str, Any]:
 
 def print_packs(rows: Sequence[PackingStatistics]) -> None:
     """Print one line per batch."""
-    print(f"packs of at most {CAPACITY} tokens, {REPLICAS} replicas (one where packs need no multiple)")
+    print(f"packs of at most {CAPACITY} tokens, {REPLICAS} replicas (one if the number of packs is free)")
     print("samples  multiple of      packs (fewest)  real tokens (highest)  cost of replicas, packs  seconds")
     for row in rows:
         print(
@@ -163,9 +163,15 @@ def print_plans(plans: Sequence[dict[str, Any]]) -> None:
 def main() -> None:
     """Measure everything, print it, and write it to --out."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--index", type=int, nargs="*", default=[1_000_000], help="samples of the indexes planned from")
-    parser.add_argument("--folder", default="", help="keep the indexes here")
-    parser.add_argument("--out", help="write the results here as JSON")
+    parser.add_argument(
+        "--index",
+        type=int,
+        nargs="*",
+        default=[1_000_000],
+        help="sizes of the indexes to plan from, in samples (default: %(default)s)",
+    )
+    parser.add_argument("--folder", default="", help="folder that keeps the indexes (default: a temporary one)")
+    parser.add_argument("--out", help="JSON file for the results")
     arguments = parser.parse_args()
     rows = [
         measure(*long_tailed_mix(count), multiple, REPLICAS if multiple > 1 else 1, length_multiple)

@@ -5,7 +5,7 @@
 The time model on H100 against Megatron-LM's weak-scaling table (README, images/model_table.png: GPT, sequences of
 4,096, bf16; its feed-forward of 4 h is taken as a gated one of 8/3 h, and no virtual pipeline is assumed) and against
 Megatron-Bridge's rows for Llama 3 (docs/performance-summary.md, container 25.11, FP8, sequences of 8,192).
-plan_ranking.py compares with steps that run here.
+plan_ranking.py compares predictions with steps measured on this machine.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def published() -> list[Compared]:
 def main(argv: list[str]) -> int:
     """Print the comparison."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", help="file for the results")
+    parser.add_argument("--out", help="JSON file for the results")
     arguments = parser.parse_args(argv)
     rows = published()
     for row in rows:

@@ -1,12 +1,12 @@
-"""Processor time and memory of planning steps from an index of made-up samples, one process per size.
+"""Processor time and memory of planning steps from an index of synthetic samples, one process per size.
 
     python benchmarks/plan_index.py 1000000 --folder FOLDER
 
-Writes the index if the folder does not hold it (130 bytes per sample), plans steps of 26,880 samples as in training on
-64 replicas, and prints one JSON object: processor seconds (user and system) of each step, when its rows are read for
+Writes the index unless the folder already holds it (130 bytes per sample), plans steps of 26,880 samples as in training
+on 64 replicas, and prints one JSON object: processor seconds (user and system) of each step, when its rows are read for
 the first time, perhaps from the disk, and when they are in the operating system's cache; and the highest resident
-memory of the process in bytes, memory-mapped pages of the index included. Rows are made up for the first million
-samples and repeated. `packing.py` compares sizes.
+memory of the process in bytes, memory-mapped pages of the index included. Rows are generated for the first million
+samples and then repeated. `packing.py` compares sizes.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ class OnePiece:
     piece_shape = (3, 224, 224)
 
     def count_pieces(self, sizes: np.ndarray) -> np.ndarray:
-        """One for each of [n, 2] sizes."""
+        """One piece for each of [n, 2] sizes."""
         return np.ones(len(sizes), np.int64)
 
 
 class AnyTokenizer:
-    """Has the fingerprint that made-up indexes state."""
+    """A tokenizer with the fingerprint of the synthetic indexes."""
 
     def fingerprint(self) -> str:
         """The fingerprint."""
@@ -77,7 +77,7 @@ def write(folder: Path, count: int) -> None:
 
 
 def _moved(samples: np.ndarray, items: int) -> np.ndarray:
-    """Samples whose media items come so many items later."""
+    """The samples, with their media items shifted by `items`."""
     moved = samples.copy()
     moved["media_start"] += items
     return moved
@@ -100,7 +100,7 @@ def planner(folder: Path) -> BatchPlanner:
 
 
 def peak_memory() -> dict[str, int]:
-    """Highest resident memory of this process, and what of it is private now, in bytes."""
+    """Highest resident memory of this process, and its private memory now, in bytes."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return {name: 1024 * int(lines[key].split()[0]) for name, key in (("peak", "VmHWM"), ("private", "RssAnon"))}
 
@@ -132,8 +132,8 @@ def measure(folder: Path) -> dict[str, Any]:
 def main() -> None:
     """Measure one size and print the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("samples", type=int, help="samples of the index")
-    parser.add_argument("--folder", help="keep the index here")
+    parser.add_argument("samples", type=int, help="number of samples in the index")
+    parser.add_argument("--folder", help="folder that keeps the index (default: a temporary one)")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(arguments.folder or temporary)

@@ -2,10 +2,10 @@
 
     PYTHONPATH=.:tests python benchmarks/plan_ranking.py --out results.json
 
-Each layer sleeps, as long as its share of the tokens is large, so that the schedule and not this machine decides. What
-a layer, a collective and a message take besides is measured apart, none of it on the layouts that are compared: with
-one, two and four processes that compute at the same time, because four share two cores. Layouts and costs are measured
-in turns, and the median over the turns counts.
+Each layer sleeps in proportion to its share of the tokens, so that the schedule and not this machine decides. The
+remaining costs of a layer, a collective and a message are measured separately, never on the layouts that are compared:
+with one, two and four processes that compute at the same time, because four share two cores. Layouts and costs are
+measured in turns, and the median over the turns counts.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ class Costs:
 
     Attributes:
         forward: a layer's forward pass without its sleep.
-        backward: the same of its backward pass.
-        collective: a collective of two ranks that both reach it from a pause.
+        backward: the same for its backward pass.
+        collective: a collective of two ranks that both enter it after a pause.
         message: a message between two ranks, likewise.
     """
 
@@ -99,7 +99,7 @@ def laid_out(config: RunConfig, values: tuple[Any, ...]) -> RunConfig:
 
 
 def timed_step(config: RunConfig, steps_timed: int, delay: float) -> tuple[int, float, float, float]:
-    """Micro-batches per step, and of this rank's fastest step its seconds and those of its passes.
+    """Micro-batches per step, and seconds of this rank's fastest step and of its passes.
 
     Args:
         delay: seconds that a layer sleeps.
@@ -277,7 +277,7 @@ def rank_correlation(rows: list[dict[str, Any]]) -> float:
 
 
 def shortfall(rows: list[dict[str, Any]]) -> float:
-    """How much slower than the fastest measured layout the one is that is predicted to be fastest, as a share."""
+    """How much slower the layout predicted to be fastest is than the one measured to be fastest, as a share."""
     chosen = min(rows, key=lambda row: float(row["predicted"]))
     return float(chosen["measured"]) / min(float(row["measured"]) for row in rows) - 1
 
@@ -285,9 +285,13 @@ def shortfall(rows: list[dict[str, Any]]) -> float:
 def main(argv: list[str]) -> int:
     """Measure, predict and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layouts", type=int, default=len(MEASURED), help="number of layouts to run")
-    parser.add_argument("--turns", type=int, default=3, help="turns; the median counts")
-    parser.add_argument("--out", help="file for the results")
+    parser.add_argument(
+        "--layouts", type=int, default=len(MEASURED), help="number of layouts to run (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--turns", type=int, default=3, help="number of turns; the median counts (default: %(default)s)"
+    )
+    parser.add_argument("--out", help="JSON file for the results")
     arguments = parser.parse_args(argv)
     results = measured(arguments.layouts, arguments.turns)
     rows = results["rows"]
@@ -300,9 +304,9 @@ def main(argv: list[str]) -> int:
     results["pipelines"], results["rank_correlation_of_pipelines"] = len(pipelines), rank_correlation(pipelines)
     results["shortfall"] = shortfall(rows)
     print(
-        f"rank correlation over {len(rows)} layouts: {results['rank_correlation']:.3f}; without tensor and context: "
-        f"{results['rank_correlation_of_pipelines']:.3f}; the best predicted is {results['shortfall']:.1%} slower than "
-        f"the best measured; load {results['load'][1]:.1f} (median)"
+        f"rank correlation over {len(rows)} layouts: {results['rank_correlation']:.3f}; without tensor and context "
+        f"parallelism: {results['rank_correlation_of_pipelines']:.3f}; the layout predicted to be fastest is "
+        f"{results['shortfall']:.1%} slower than the fastest measured one; load {results['load'][1]:.1f} (median)"
     )
     if arguments.out:
         Path(arguments.out).write_text(json.dumps({"surroundings": surroundings(), **results}, indent=1) + "\n")

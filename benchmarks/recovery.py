@@ -1,11 +1,11 @@
-"""Measure how long a killed rank costs a run, phase by phase, with one process and with several.
+"""Measure how much time a killed rank costs a run, phase by phase, with one process and with several.
 
     PYTHONPATH=.:tests:tests/faults python benchmarks/recovery.py --out results.json
 
 Jobs of a tiny AnyMAL under `anymal launch`, one after the other; each loses ranks to SIGKILL. A job of several
 processes runs twice: the ranks that survive keep their process and their frozen weights, or all are forked anew
-(`resilience.keep_survivors`). `--base-gb` gives it a frozen Llama of that size, which those that stay need not read.
-The floor is the job of one process: it waits for no other rank and shares its cores with none.
+(`resilience.keep_survivors`). `--base-gb` gives it a frozen Llama of that size, which surviving ranks do not reread.
+The floor is the job of one process: it neither waits for other ranks nor shares its cores with them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from megatron_anymal.launcher.recoveries import Recovery, recoveries
 from megatron_anymal.resilience.events import read
 
-# Steps after which a job has certainly passed its start.
+# Steps after which a job has certainly finished starting up.
 _STEPS = 5
 # Shape of the Llama of --base-gb, without its number of layers; parameters of a layer and bytes of each.
 _SHAPE = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16, "num_key_value_heads": 4}
@@ -91,7 +91,7 @@ def _use_llama(folder: Path, layers: int) -> None:
 
 
 def _job(folder: Path, processes: int, keep: bool, kills: int, chance: random.Random) -> list[Recovery]:
-    """Train with as many processes and kill one of them again and again; return what each time took."""
+    """Train with this many processes and repeatedly kill one of them; return the recoveries."""
     run = folder / f"run_{processes}_{keep}"
     settings = ("model.optim.sched.name=constant", f"resilience.keep_survivors={str(keep).lower()}")
     job = launch(folder, run, processes, *settings, log=folder / "log")
@@ -109,7 +109,7 @@ def _job(folder: Path, processes: int, keep: bool, kills: int, chance: random.Ra
 
 
 def _finished(run: Path) -> list[Recovery]:
-    """Recoveries that have reached a step."""
+    """Recoveries after which a step has ended."""
     return [recovery for recovery in recoveries(read(run)) if recovery.total is not None]
 
 

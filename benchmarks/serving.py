@@ -1,10 +1,10 @@
-"""Throughput of `anymal serve` with many clients at once, against the same requests one by one.
+"""Throughput of `anymal serve` with many clients at once, against the same requests one after the other.
 
     PYTHONPATH=tests python benchmarks/serving.py --clients 64
 
 A Llama with random weights is served over loopback; each request is a text and gets an answer of `--tokens` tokens.
-Both orders run in this process, `--rounds` times in turn, and the ratio of their medians is taken. Prints one JSON
-object: tokens per second of the clock and of processor time for both orders, each round's, and the ratios.
+Both variants run in this process, `--rounds` times in turn, and the ratio of their medians is taken. Prints one JSON
+object: tokens per second of wall time and of processor time for both variants, those of each round, and the ratios.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from megatron_anymal.serving.limits import ServingLimits
 
 
 def build(tokenizer: str, hidden: int, layers: int) -> ExportedGenerator:
-    """A model for text whose answers only end at their limit."""
+    """A text-only model whose answers end only at the token limit."""
     config = make_config({}, tokenizer, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers)
     model = make_model(config, std=0.05)
     # No token ends an answer: all of them have the same length.
@@ -41,7 +41,7 @@ def build(tokenizer: str, hidden: int, layers: int) -> ExportedGenerator:
 
 
 def answered(served: Served, http: httpx.Client, count: int, tokens: int, together: bool) -> tuple[float, float]:
-    """Tokens per second of the clock and of processor time for `count` requests."""
+    """Tokens per second of wall time and of processor time for `count` requests."""
 
     def request(number: int) -> int:
         body = ask(f"what is this {number}", max_tokens=tokens)
@@ -57,11 +57,13 @@ def answered(served: Served, http: httpx.Client, count: int, tokens: int, togeth
 def main() -> None:
     """Run the benchmark and print its result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--clients", type=int, default=64)
-    parser.add_argument("--tokens", type=int, default=48)
-    parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--clients", type=int, default=64, help="clients that send requests at once (default: %(default)s)"
+    )
+    parser.add_argument("--tokens", type=int, default=48, help="tokens of each answer (default: %(default)s)")
+    parser.add_argument("--hidden", type=int, default=256, help="hidden size of the Llama (default: %(default)s)")
+    parser.add_argument("--layers", type=int, default=4, help="layers of the Llama (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of both variants (default: %(default)s)")
     sizes, around = parser.parse_args(), surroundings()
     limits = ServingLimits(max_batch=sizes.clients, max_new_tokens=sizes.tokens)
     with tempfile.TemporaryDirectory() as folder:
@@ -79,7 +81,7 @@ def main() -> None:
         "command": " ".join(["python benchmarks/serving.py", *sys.argv[1:]]),
         **around,
         "sizes": vars(sizes),
-        # Tokens per second of the clock and of processor time, by round.
+        # Tokens per second of wall time and of processor time, by round.
         "rounds": {"together": rounds[True], "one_by_one": rounds[False]},
         "together": dict(zip(names, medians[True])),
         "one_by_one": dict(zip(names, medians[False])),

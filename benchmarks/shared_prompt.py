@@ -25,7 +25,7 @@ import torch
 from anymal_side import PIECE, SPECIAL, Batches, Ours, write_tokenizer
 from anymal_side import StepSizes as ModelSizes
 from anymal_side import make_config as model_config
-from measuring import ratio, surroundings, take_turns
+from measuring import add_arguments, ratio, surroundings, take_turns
 
 from megatron_anymal.config import RunConfig
 from megatron_anymal.data.chat_format import CHAT_TOKENS
@@ -159,7 +159,7 @@ def report(results: dict[str, Any], sizes: PairSizes) -> str:
                 for name in ("whole", "shared")
             ),
             f"pairs per second, shared over whole: {cpu['median']:.2f} in CPU time ({cpu['lower']:.2f} to "
-            f"{cpu['upper']:.2f}), {results['wall']['median']:.2f} on the clock; by count of tokens "
+            f"{cpu['upper']:.2f}), {results['wall']['median']:.2f} in wall time; by token count "
             f"{results['by_count']:.2f}; the bar of {BAR} is {passed}",
         ]
     )
@@ -169,8 +169,7 @@ def main(argv: Sequence[str]) -> int:
     """Run the benchmark; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", help="JSON file for the results")
-    for field in fields(PairSizes):
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=int, default=field.default)
+    add_arguments(parser, PairSizes)
     arguments = vars(parser.parse_args(argv))
     out = arguments.pop("out")
     if arguments["rounds"] < 2:

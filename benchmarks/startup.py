@@ -38,7 +38,7 @@ class Command:
 
     # Arguments of Python.
     words: list[str]
-    # Exit code that it ends with.
+    # Exit code that is expected.
     code: int = 0
     # Whether it needs models and data.
     prepared: bool = False
@@ -48,8 +48,8 @@ def main() -> int:
     """Run the benchmark and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--against", type=Path, help="another checkout, whose code takes turns with this one's")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", action="append", default=[], help="only this row; may be repeated")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of each row (default: %(default)s)")
+    parser.add_argument("--only", action="append", default=[], help="row to measure; may be repeated (default: all)")
     parser.add_argument("--out", type=Path, help="write the results to this JSON file")
     options = parser.parse_args()
     trees = {"this": ROOT, **({"other": options.against.resolve()} if options.against else {})}

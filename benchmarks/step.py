@@ -17,7 +17,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from functools import reduce
 from operator import getitem
 from pathlib import Path
@@ -25,7 +25,16 @@ from typing import Any
 
 from anymal_side import Batches, Ours, StepSizes, make_config, work_by_hand, write_data
 from bare_megatron import Bare
-from measuring import Turns, ratio, saved_for_backward, stored_bytes, surroundings, take_turns, timed
+from measuring import (
+    Turns,
+    add_arguments,
+    ratio,
+    saved_for_backward,
+    stored_bytes,
+    surroundings,
+    take_turns,
+    timed,
+)
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_anymal.parallel import initialize, shutdown
@@ -230,8 +239,7 @@ def main(argv: Sequence[str]) -> int:
     """Run the benchmark; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", help="JSON file for the results, including raw numbers")
-    for field in fields(StepSizes):
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=int, default=field.default)
+    add_arguments(parser, StepSizes)
     arguments = vars(parser.parse_args(argv))
     out = arguments.pop("out")
     if arguments["rounds"] < 2:

@@ -12,8 +12,8 @@ Both sides start from the same weights (random, also those of the adapters) and 
 gradients of a step and the losses of several steps must be equal. Then they alternate step by step, and the processor
 time of this process is compared. The floor is in transformers_side.py.
 
-Also counted are the floating-point operations of a step; its torch operations, which are about the kernels that a GPU
-would launch; and the waits for values, at which a GPU would be synchronized with the host.
+Also counted are the floating-point operations of a step; its torch operations, roughly the kernels that a GPU would
+launch; and the waits for values, at which a GPU would be synchronized with the host.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ import torch
 from anymal_side import Batches, Ours
 from captions_and_chats import MixedSizes, make_case
 from flop_count import counted_flops
-from measuring import Dispatched, ratio, surroundings, take_turns
+from measuring import Dispatched, add_arguments, ratio, surroundings, take_turns
 from transformers_side import Transformers, packed, packed_with_kept_logits, rows, rows_with_kept_logits
 
 from examples.quickstart.media import QuickstartSizes as MediaSizes
@@ -107,7 +107,7 @@ def quickstart_config(width: int, samples: int) -> RunConfig:
     sizes = config.model.language_model.config = dict(llama.model.language_model.config)
     for key in ("hidden_size", "intermediate_size"):
         sizes[key] *= width
-    # Heads of a wider Llama are more and larger: 32 wide at width 1, 64 at width 8.
+    # A wider Llama has more and larger heads: of size 32 at width 1, 64 at width 8.
     for key in ("num_attention_heads", "num_key_value_heads"):
         sizes[key] = sizes[key] if width == 1 else sizes[key] * width // 2
     config.model.modalities["imu"].encoder.freeze = True
@@ -251,8 +251,7 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", help="JSON file for the results, including raw numbers")
     parser.add_argument("--case", action="append", choices=list(CASES), help="case to measure (default: all of them)")
-    for field in (*fields(Repetitions), *fields(MixedSizes)):
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=int, default=field.default)
+    add_arguments(parser, Repetitions, MixedSizes)
     arguments = vars(parser.parse_args(argv))
     out, cases = arguments.pop("out"), arguments.pop("case") or list(CASES)
     repetitions = Repetitions(**{field.name: arguments.pop(field.name) for field in fields(Repetitions)})

@@ -5,8 +5,8 @@ torch's fused AdamW. A micro-batch's documents are laid out in one of these ways
 
 packed: as in this trainer's pack, with position ids from which transformers derives the document-wise causal mask
 rows: one document per row, padded on the right to the longest, where causal attention needs no mask
-... with kept logits: the same, with logits at the positions with a label only, which transformers 5 can be told to
-    keep (`logits_to_keep`); its Trainer does not do so
+... with kept logits: the same, with logits only at the positions with a label (`logits_to_keep` of transformers 5,
+    which its Trainer does not use)
 
 Frozen weights and the encoders, which are transformers' and torch's own modules, are shared with this trainer's side;
 the projectors start from copies.
@@ -41,7 +41,7 @@ _HF_PATHS = {
     **{name: f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")},
     **{name: f"mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")},
 }
-# peft's name of an adapter that has no other.
+# peft's name of an adapter that is not given one.
 ADAPTER = "default"
 
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # megatron-core 0.16.1, the weight decay of biases and norms under get_megatron_optimizer.
 #
-# Guess: biases and one-dimensional weights do not decay. The optimizer puts them into a parameter group of their own, with
-# wd_mult 0, and the weight decay was given to it.
+# Guess: biases and one-dimensional weights do not decay. The optimizer puts them into a separate parameter group with
+# wd_mult 0, and weight_decay was passed to it.
 # Behaviour: every group starts with the full weight_decay, and step() ignores wd_mult. Only megatron-core's
-# OptimizerParamScheduler multiplies the two. A training loop with torch's schedulers, or with rates of its own, lets norms
-# and biases decay like matrices. NeMo met the same: https://github.com/NVIDIA-NeMo/Speech/pull/12123
+# OptimizerParamScheduler multiplies the two. A training loop with torch's schedulers, or with its own learning rates, lets
+# norms and biases decay like matrices. NeMo had the same problem: https://github.com/NVIDIA-NeMo/Speech/pull/12123
 #
 # Output seen: ones after a step without gradient, lr 0.1 and decay 0.5: matrix 0.95, bias 0.95 (its wd_mult is 0.0);
 # with the scheduler: matrix 0.95, bias 1.00

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # transformers 5.24.0, one tower of a two-tower model loaded by itself: ClapAudioModel from a folder of ClapModel.
 #
-# Guess: as CLIPVisionModel reads its tower from a whole CLIPModel, ClapAudioModel reads its own from a whole ClapModel.
-# Published CLAP models are whole ones.
-# Behaviour: the same call takes all weights for CLIP and none for CLAP. The names in the file begin with "audio_model.",
-# which is looked for in CLIP's case and not in CLAP's; all weights are drawn at random, with a warning only.
+# Guess: just as CLIPVisionModel reads its tower from a whole CLIPModel, ClapAudioModel reads its tower from a whole
+# ClapModel. Published CLAP models are whole ones.
+# Behaviour: the same call loads all weights for CLIP and none for CLAP. The names in the file begin with the tower's prefix
+# ("vision_model.", "audio_model."), which is recognised for CLIP but not for CLAP: all of its weights are randomly
+# initialised, with only a warning.
 #
 # Output seen: CLIPVisionModel: 23 of 23 weights are the saved ones; ClapAudioModel: 0 of 45
 set -euo pipefail

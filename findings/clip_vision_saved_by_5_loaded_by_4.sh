@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # A CLIPVisionModel saved by transformers 5.24.0, loaded by transformers 4.57.6.
 #
-# Guess: from_pretrained of the older version reads the folder, as it reads its own, or refuses it.
+# Guess: the older version's from_pretrained reads the folder like one of its own, or rejects it.
 # Behaviour: version 5 saves the weights without the prefix "vision_model." that version 4 looks for. Version 4 finds none
-# of them, draws all of them at random, and only warns. The encoder's output has nothing to do with the saved one.
+# of them, initialises all of them randomly, and only warns. The encoder's output is unrelated to that of the saved one.
 #
-# Output seen: 39 of 39 weights newly drawn, largest difference of the output 5.1 (another one in each run)
+# Output seen: 39 of 39 weights newly drawn, largest difference of the output 5.1 (different in each run)
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

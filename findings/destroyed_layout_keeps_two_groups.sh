@@ -2,9 +2,9 @@
 # megatron-core 0.16.1, destroy_model_parallel() followed by torch.distributed.destroy_process_group().
 #
 # Guess: no process group is left, so a process that stays alive has left the job: its peers' collectives end with an error.
-# Behaviour: the data-parallel group and its twin for gloo stay in two further global variables, which are not reset, with
-# their threads and connections. A peer that reduces gradients there waits as long as the process lives, while in other
-# groups it is told at once.
+# Behaviour: the data-parallel group and its gloo counterpart stay, with their threads and connections, in two further global
+# variables that are not reset. A peer that reduces gradients in such a group waits as long as the process lives, while in
+# other groups it gets an error at once.
 #
 # Output seen: left: _INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP _INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP_GLOO
 #              peers: tensor-and-data closed data waits
@@ -29,7 +29,7 @@ groups = [
 for group in groups:
     dist.all_reduce(torch.ones(1), group=group)
 if dist.get_rank() == 1:
-    # A process that leaves, and stays alive.
+    # This process leaves the groups and stays alive.
     del group, groups
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()

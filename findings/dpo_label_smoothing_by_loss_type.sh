@@ -2,10 +2,10 @@
 # trl 1.16.0, DPOConfig(label_smoothing=...) with the default loss.
 #
 # Guess: label_smoothing with the loss "sigmoid" gives conservative DPO, as it did in earlier versions; a loss for which it
-# means nothing refuses it.
-# Behaviour: "sigmoid", "ipo" and "hinge" ignore it, without a word. "robust" is another loss, that of Robust DPO, which can
-# be negative. The conservative formula is left in "aot", where it is applied to margins sorted over the batch: only with
-# one pair per batch is that conservative DPO. Before, label_smoothing alone was enough for it:
+# has no meaning rejects it.
+# Behaviour: "sigmoid", "ipo" and "hinge" silently ignore it. "robust" is a different loss, that of Robust DPO, which can be
+# negative. The conservative formula remains only in "aot", where it is applied to margins sorted over the batch: this is
+# conservative DPO only with one pair per batch. Before, label_smoothing alone was enough for it:
 # https://github.com/huggingface/trl/pull/1655
 #
 # Output seen: loss without smoothing and with 0.2 of one pair: sigmoid 0.517 0.517, hinge 0.609 0.609, ipo 0.371 0.371,

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # transformers 5.24.0 and a tokenizer.json with a truncation block.
 #
-# Guess: encode() reads the tokenizer; what backend_tokenizer.to_str() returns, and a hash of it, stay the same.
+# Guess: encode() only reads the tokenizer; the result of backend_tokenizer.to_str(), and its hash, stay the same.
 # Behaviour: the first encode() without truncation=True removes the block from the tokenizer for good. A fingerprint taken
-# before it differs from one taken after it, so a job that hashes its tokenizer to see whether it may resume finds a change
-# where nothing changed.
+# before it differs from one taken after it, so a job that hashes its tokenizer to decide whether it may resume detects a
+# change although nothing changed.
 #
 # Output seen: before True, after False
 set -euo pipefail

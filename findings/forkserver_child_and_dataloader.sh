@@ -3,8 +3,8 @@
 #
 # Guess: the start method of that process is Linux's default, fork, as in any other; its loader workers are its children.
 # Behaviour: a child of a forkserver has "forkserver" as its own default. Its DataLoader asks the same server for workers,
-# so their parent is the server, not the process that uses them: whatever ends with its parent does not end, and a worker
-# that looks for its parent finds a stranger.
+# so their parent is the server, not the process that uses them: workers that should end with their parent do not end, and a
+# worker that checks its parent finds the wrong process.
 #
 # Output seen: default forkserver, worker's parent is the caller False
 set -euo pipefail

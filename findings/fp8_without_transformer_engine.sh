@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # megatron-core 0.16.1, TransformerConfig(fp8="hybrid") without Transformer Engine.
 #
-# Guess: FP8 without the library that it needs, or with layers that have none, is refused, or at least warned about.
-# Behaviour: the layers of get_gpt_layer_local_spec ignore it. The model is built, trains in its usual precision, and the
-# outputs are the same bits; no warning mentions FP8.
+# Guess: FP8 without the library that it needs, or with layers that do not support it, is an error or at least a warning.
+# Behaviour: the layers of get_gpt_layer_local_spec ignore it. The model is built and trains in its usual precision, and
+# the outputs are bitwise identical; no warning mentions FP8.
 #
 # Output seen: outputs equal True, warnings about FP8: 0
 set -euo pipefail

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# A Llama of 3.1's kind saved by transformers 5.24.0, loaded by transformers 4.57.6.
+# A Llama with the RoPE scaling of Llama 3.1, saved by transformers 5.24.0, loaded by transformers 4.57.6.
 #
-# Guess: the older version reads the folder or refuses it; all weights fit, and nothing warns.
+# Guess: the older version reads the folder or rejects it; all weights fit, and nothing warns.
 # Behaviour: version 5 writes rope_theta and the scaling of RoPE into "rope_parameters", which version 4 does not read. It
-# takes 10000 and no scaling. Every logit behind the first token is wrong, without a warning; vLLM and others met the same:
+# uses 10000 and no scaling. All logits after the first token are wrong, without a warning; vLLM and others had the same
+# problem:
 # https://github.com/vllm-project/vllm/pull/42624
 #
 # Output seen: rope_theta 10000.0, scaling None, 0 warnings; largest difference of the logits: first token 0.0, others 11.3

@@ -1,6 +1,6 @@
 # Sourced by findings about megatron-core: sets $folder, a temporary folder with megatron-core in a virtual environment and
-# cuda_on_cpu.py. $release names the version (0.16.1), $python the Python (python3.11). Further packages may be given as
-# arguments.
+# cuda_on_cpu.py. $release selects the version (default: 0.16.1), $python the Python (default: python3.11). Arguments are
+# further packages to install.
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 "${python:-python3.11}" -m venv "$folder/venv"

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# soundfile 0.14.0 (libsndfile) on an MP3 of variable bit rate without a Xing header.
+# soundfile 0.14.0 (libsndfile) on an MP3 with a variable bit rate and no Xing header.
 #
 # Guess: SoundFile.frames is the number of samples that the file holds, and read() returns all of them. A Xing header is
 # optional in MPEG audio; streams and joined files have none.
-# Behaviour: frames is an estimate from the size of the first frames, read() stops there, and nothing is raised. Two
+# Behaviour: frames is an estimate from the size of the first frames, read() stops there, and no error is raised. Two
 # seconds of noise and six of silence are read as less than two seconds; FFmpeg (PyAV) decodes all eight.
 #
 # Output seen: libsndfile 1.44 s, PyAV 8.05 s
@@ -26,7 +26,7 @@ out = io.BytesIO()
 soundfile.write(out, wave, RATE, format="MP3", bitrate_mode="VARIABLE", compression_level=0.3)
 data = out.getvalue()
 
-# The first frame of an MPEG 1 layer 3 file from this encoder holds the Xing header; the sound begins behind it.
+# The first frame of an MPEG 1 layer 3 file from this encoder holds the Xing header; the sound begins after it.
 start = data.index(b"\xff\xfb")
 kbps = (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320)[data[start + 2] >> 4]
 first = 144_000 * kbps // RATE + (data[start + 2] >> 1 & 1)

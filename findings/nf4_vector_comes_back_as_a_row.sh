@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # bitsandbytes 0.50.2, quantize_4bit and dequantize_4bit of a vector on a CPU.
 #
-# Guess: dequantize_4bit returns a tensor of the shape that was quantized, which the QuantState holds.
+# Guess: dequantize_4bit returns a tensor with the shape of the quantized one, which the QuantState holds.
 # Behaviour: a vector comes back as a matrix of one row; tensors of two and three dimensions keep their shape. The values are
-# right in each case.
+# correct in each case.
 #
 # Output seen: [128] -> [1, 128], [2, 64] -> [2, 64], [2, 1, 64] -> [2, 1, 64], values within a step: True
 set -euo pipefail

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# megatron-core 0.19.2 with nvidia-resiliency-ext 0.4.1, the newest release that installs with glibc before 2.39.
+# megatron-core 0.19.2 with nvidia-resiliency-ext 0.4.1, the newest release that installs with a glibc older than 2.39.
 #
-# Guess: the package is optional; a release that megatron-core cannot use counts as none, and saving with
+# Guess: the package is optional; a release that megatron-core cannot use is treated as absent, and saving with
 # async_strategy="mcore" works.
-# Behaviour: the check whether it is there also looks at its version, and 0.4.1 states none where it looks. The error is
-# not caught, while megatron-core is imported: no checkpoint can be read or written. Without the package all is well.
+# Behaviour: the check for its presence also reads its version, which 0.4.1 does not define there. The error is not caught
+# and occurs while megatron-core is imported: no checkpoint can be read or written. Without the package, everything works.
 #
 # Output seen: with 0.4.1: AttributeError: module 'nvidia_resiliency_ext' has no attribute '__version__'; without: imports
 set -euo pipefail

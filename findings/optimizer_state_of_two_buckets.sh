@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # megatron-core 0.16.1, a checkpoint of the distributed optimizer in the format fully_reshardable.
 #
-# Guess: what is saved is the optimizer's state, whatever the size of the gradient buckets, which is a matter of speed.
-# Behaviour: with more than one bucket (overlapped reduction), the moments of every parameter behind the first bucket are
-# saved from a wrong offset: the padding at the ends of buckets is cut from the state, but not from the offsets. What would
-# lie behind the end is replaced by zeros, with a warning, and saved all the same; a shift within the state has no warning.
-# A run resumes from it, and its loss jumps. Mended after 0.16.1: https://github.com/NVIDIA/Megatron-LM/pull/5077
+# Guess: the checkpoint holds the optimizer's state, whatever the size of the gradient buckets, which only affects speed.
+# Behaviour: with more than one bucket (overlapped reduction), the moments of every parameter after the first bucket are
+# saved from a wrong offset: the padding at the ends of buckets is cut from the state, but not from the offsets. Values past
+# the end are replaced by zeros, with a warning, and saved anyway; a shift within the state gives no warning. A run resumes
+# from such a checkpoint, and its loss jumps. Fixed after 0.16.1: https://github.com/NVIDIA/Megatron-LM/pull/5077
 #
 # Output seen: 1 bucket: wrong values of exp_avg 0, 0, 0; 3 buckets: 0, 25, 25 (of 25 per weight, the first bucket first)
 set -euo pipefail

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# PyAV 18.1.0 (FFmpeg's resampler with its default filter): 48 kHz audio brought to 16 kHz for a speech encoder.
+# PyAV 18.1.0 (FFmpeg's resampler with its default filter): 48 kHz audio resampled to 16 kHz for a speech encoder.
 #
-# Guess: AudioResampler removes what lies above half the new rate and keeps what lies below, as resamplers for training data
-# do to below the noise of 16-bit audio (-96 dB).
-# Behaviour: the default filter is short. Tones up to an eighth above the limit come back below it, at lower frequencies
-# that the recording does not have, and the top tenth of the band is damped. PyAV took options for FFmpeg's filter after
-# the same complaint, https://github.com/PyAV-Org/PyAV/pull/2296; the default stayed.
+# Guess: AudioResampler removes frequencies above half the new rate and keeps those below, as resamplers for training data
+# do, down to the noise of 16-bit audio (-96 dB).
+# Behaviour: the default filter is short. Tones up to an eighth above the limit reappear below it, as aliases at frequencies
+# that the recording does not have, and the top tenth of the band is attenuated. PyAV added options for FFmpeg's filter
+# after the same complaint, https://github.com/PyAV-Org/PyAV/pull/2296; the default is unchanged.
 #
 # Output seen: alias of 8200 Hz at 7800 Hz: PyAV -15 dB, soxr -131 dB; alias of 8600 Hz at 7400 Hz: PyAV -31 dB,
 # soxr -142 dB; level of 7200 Hz: PyAV -1.0 dB, soxr -0.0 dB
@@ -35,7 +35,7 @@ def by_soxr(wave):
 
 
 def level(resample, tone, at):
-    """dB of the part at `at` Hz that is left of a tone of 0 dB."""
+    """Level at `at` Hz, in dB, after resampling a tone of 0 dB."""
     wave = np.sin(2 * np.pi * tone * np.arange(FROM * SECONDS) / FROM).astype(np.float32)
     middle = resample(wave).astype(np.float64)[TO : TO * (SECONDS - 1)]
     window = np.blackman(len(middle))

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # PyAV 18.1.0: reading frame.side_data keeps the decoded frame in memory.
 #
-# Guess: VideoFrame.side_data is a look at the frame's metadata (display matrix, closed captions); a frame that was looked
-# at is freed with its last reference, as others are.
-# Behaviour: the frame holds the container of its side data and that holds the frame, so the frame lives until Python's
-# cyclic garbage collector runs. The collector counts objects, not bytes: a loop over a 1080p video that looks at each
-# frame's matrix holds all of the video's frames (3 MB each). Without a look, or by SideDataContainer(frame), none are held.
+# Guess: VideoFrame.side_data only reads the frame's metadata (display matrix, closed captions); the frame is then freed
+# with its last reference, like any other.
+# Behaviour: the frame references the container of its side data, which references the frame, so the frame lives until
+# Python's cyclic garbage collector runs. The collector counts objects, not bytes: a loop over a 1080p video that reads each
+# frame's matrix keeps all of the video's frames (3 MB each). Without this access, or with SideDataContainer(frame), none
+# are kept.
 #
 # Output seen: 60 frames of 1920 x 1080 decoded one by one: 170 MB more with side_data, 0 MB without
 set -euo pipefail
@@ -35,7 +36,7 @@ def resident():
 
 
 def growth(look):
-    """MB that decoding adds after the first frames, when the decoder has what it needs."""
+    """MB that decoding adds after the first frames, once the decoder has allocated its buffers."""
     start = 0.0
     with av.open(path) as container:
         container.streams.video[0].thread_count = 1

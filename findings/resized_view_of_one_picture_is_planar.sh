@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# torch 2.13.0, interpolate(antialias=True) of one uint8 picture whose pixels lie channels last.
+# torch 2.13.0, interpolate(antialias=True) of one uint8 picture whose pixels are stored channels last.
 #
 # Guess: pixels [height, width, 3] as a batch of one, pixels.permute(2, 0, 1)[None] or pixels[None].permute(0, 3, 1, 2), are
-# the same tensor: equal shapes and values, and is_contiguous(memory_format=torch.channels_last) is True of both. So the
+# the same tensor: equal shapes and values, and is_contiguous(memory_format=torch.channels_last) is True for both. So the
 # result is channels last as well.
-# Behaviour: only the second one's is. [None] gives the batch dimension the stride 3, is_contiguous ignores the stride of a
-# dimension of size one, and interpolate does not. The first one's result is planar: the same values, but whoever takes it
-# back to [height, width, 3] reads it across the planes, which takes longer than the resize.
+# Behaviour: only the second result is. [None] gives the batch dimension the stride 3, is_contiguous ignores the stride of a
+# dimension of size one, and interpolate does not. The first result is planar: the same values, but converting it back to
+# [height, width, 3] reads across the planes, which takes longer than the resize.
 #
 # Output seen: strides (3, 1, 1920, 3) -> (338688, 112896, 336, 1), (691200, 1, 1920, 3) -> (338688, 1, 1008, 3); channels
 # last before: [True, True], after: [False, True]; equal: True

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# megatron-core 0.19.2, loading the state of an optimizer into one that was built with another learning rate.
+# megatron-core 0.19.2, loading the state of an optimizer into one that was built with a different learning rate.
 #
-# Guess: it loads, as with 0.16.1 and with torch: a run may continue with another rate, which the scheduler sets.
-# Behaviour: parameter groups are matched by the rates that they were built with (max_lr, min_lr), too. With another one
-# no group matches: ValueError, and a bare KeyError of the groups' fields from the distributed optimizer.
+# Guess: it loads, as with 0.16.1 and with torch: a run may continue with a different rate, which the scheduler sets.
+# Behaviour: parameter groups are matched by the rates that they were built with (max_lr, min_lr), too. With a different
+# one, no group matches: a ValueError, or, from the distributed optimizer, a bare KeyError with the groups' fields.
 #
 # Output seen: the same rate: loads, loads; another rate: ValueError, KeyError (distributed)
 set -euo pipefail
@@ -31,7 +31,7 @@ def optimizer(rate, distributed):
 
 
 def loaded(rate, distributed):
-    """How it ends to load the state of an optimizer with the rate 0.1."""
+    """Result of loading the state of an optimizer with the rate 0.1: "loads" or the error's name."""
     saved = optimizer(0.1, distributed).state_dict()
     try:
         optimizer(rate, distributed).load_state_dict(saved)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # transformers 5.24.0, split_special_tokens=True with a vocabulary that lists its control tokens.
 #
-# Guess: split_special_tokens makes text literal: "<s>" written by a user is cut into the pieces of its characters.
+# Guess: split_special_tokens makes text literal: "<s>" written by a user is split into pieces of its characters.
 # Behaviour: only the scan for added tokens is switched off. A Unigram or WordLevel model that has "<s>" in its vocabulary,
 # as converted sentencepiece models do, still finds it as a piece and returns the control token's id.
 #

@@ -4,8 +4,8 @@
 # Guess: the gradients do not depend on the number of stages. batch_p2p_comm=True, overlap_p2p_comm=False is the default of
 # the configuration, and the schedule accepts it.
 # Behaviour: with two stages the previous and the next rank are the same, and messages of one batch are matched by their
-# order alone: a gradient is taken for an activation and the other way round. Losses are right, gradients are wrong,
-# nothing is raised. Four stages are right, and so are two with overlap_p2p_comm. Megatron-LM's command line refuses two
+# order alone: a gradient is taken for an activation and vice versa. Losses are correct, gradients are wrong, and no
+# error is raised. Four stages are correct, and so are two with overlap_p2p_comm. Megatron-LM's command line refuses two
 # stages, megatron-core does not: https://github.com/NVIDIA/Megatron-LM/issues/750. It is shown here over gloo; the
 # maintainers' explanation there does not depend on the backend.
 #

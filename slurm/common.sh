@@ -161,7 +161,7 @@ launch() {
         code=$?
         echo "$code" > "$logs/exit_code"
         exit "$code"'
-    # After one node has ended, the others get time to shut down cleanly. With spares, a lost node ends no other.
+    # After one node has ended, the others get time to shut down cleanly. With spares, a lost node does not end the others.
     local lasting=("--wait=$ANYMAL_GRACE_SECONDS") code
     (( spares == 0 )) || lasting=(--wait=0 --no-kill)
     launched=1
@@ -171,7 +171,7 @@ launch() {
         --rdzv-endpoint="$(head_address):$(port 0)" --rdzv-id="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}" \
         --grace-seconds="$ANYMAL_GRACE_SECONDS" "${arguments[@]}"
     code=$?
-    # The step fails with a node that was replaced; the first node knows how the run ended.
+    # If a node was replaced, the step fails because of it; the first node has the run's own exit code.
     if (( spares )) && [[ -s $logs/exit_code ]]; then code=$(< "$logs/exit_code"); fi
     end "$code"
 }

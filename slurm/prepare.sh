@@ -6,7 +6,7 @@
 #   bash slurm/prepare.sh PARTS --from LAYOUT PATH --out FOLDER --tokenizer FOLDER [option of anymal prepare ...]
 # It submits both jobs and prints their numbers. Options of sbatch, written with =, go before PARTS:
 #   bash slurm/prepare.sh --partition=cpu --time=4:00:00 64 ...
-# A task that reaches its time limit or loses its node is requeued, and continues with the shards that it lacks. If tasks
+# A task that reaches its time limit or loses its node is requeued, and continues with its missing shards. If tasks
 # fail, the joining job is cancelled. Run them again, then join the parts:
 #   sbatch --array=3,7 slurm/prepare.sh PARTS ... (as before)
 #   sbatch slurm/prepare.sh --merge FOLDER [--max-bad-share SHARE]
@@ -23,7 +23,7 @@
 # Read by common.sh.
 # shellcheck disable=SC2034
 VERB=prepare CONFIG=""
-# A task that is requeued more often makes no progress.
+# A task that is requeued more often than this makes no progress.
 MOST_RESTARTS=20
 
 # Slurm runs a copy of this file, so common.sh is located relative to the submission folder.
@@ -38,7 +38,7 @@ submit() {
     local parts folder="" options=() of_parts=() of_merge=() array merge script=$ANYMAL_HOME/slurm/prepare.sh
     while [[ ${1:-} == --*=* ]]; do options+=("$1"); shift; done
     parts=${1:-}
-    [[ $parts =~ ^[1-9][0-9]{0,6}$ ]] || refuse "'$parts' is not a number of parts, which comes before the options of anymal prepare"
+    [[ $parts =~ ^[1-9][0-9]{0,6}$ ]] || refuse "'$parts' is not a number of parts. Give one before the options of anymal prepare"
     shift
     while (( $# )); do
         case $1 in
@@ -64,7 +64,7 @@ refuse() {
     exit 2
 }
 
-# Runs one step and ends with its code. A time limit requeues the job.
+# Runs one step and exits with its code. If the time limit is near, requeues the job.
 run_prepare() {
     local code
     exec 3>&1
@@ -89,7 +89,7 @@ on_time_limit() {
 
 requeue_part() {
     (( ${SLURM_RESTART_COUNT:-0} < MOST_RESTARTS )) || mistake "restarted $MOST_RESTARTS times. Use more parts, or raise the time limit."
-    say "requeueing, to continue with the shards that are left"
+    say "requeueing, to continue with the remaining shards"
     scontrol requeue "$job" || mistake "scontrol requeue failed. Submit the job again to continue."
     # Slurm kills this script while it waits.
     sleep 60 &

@@ -28,7 +28,7 @@ class Tab:
     def __init__(self, process: subprocess.Popen[bytes], reads: int, writes: int) -> None:
         self._process, self._reads, self._writes = process, reads, writes
         self._sent, self._pending, self._session = 0, b"", ""
-        # Errors of scripts and of the console, and addresses that were asked for.
+        # Errors of scripts and of the console, and requested addresses.
         self.errors: list[str] = []
         self.requests: list[str] = []
         target = self.call("Target.createTarget", url="about:blank")["targetId"]

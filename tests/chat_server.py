@@ -1,4 +1,4 @@
-"""A small chat-completions server that misbehaves as told, and counts what it was asked."""
+"""A small chat-completions server that misbehaves on request, and counts the requests it gets."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class ChatServer(ThreadingHTTPServer):
         self.lock = threading.Lock()
         self.busiest = self.busy = 0
         self.delay = 0.0
-        # After so many complete replies it only resets connections.
+        # After this many complete replies it only resets connections.
         self.lives = 10**9
         self.times: dict[str, list[float]] = {}
 

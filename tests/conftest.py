@@ -14,18 +14,18 @@ forks.watch()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Before the tests are imported. The process that hands tests to others runs none: it imports nothing slow."""
+    """Run before the tests are imported. The process that only distributes tests to others skips the slow imports."""
     if getattr(config.option, "dist", "no") != "no" and not hasattr(config, "workerinput"):
         return
     # Before anything that computes.
     import one_thread  # noqa: F401
 
-    # What is imported stays: collections would visit a million objects again and again.
+    # Imported objects stay: collections would visit a million of them again and again.
     gc.disable()
 
 
 def pytest_collection_finish() -> None:
-    """After the tests are imported."""
+    """Run after the tests are imported."""
     from megatron_anymal import lean_imports
 
     lean_imports.freeze()

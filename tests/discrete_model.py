@@ -14,7 +14,7 @@ from megatron_anymal.config import DiscreteConfig
 from megatron_anymal.generation.export_generator import ExportedGenerator
 from megatron_anymal.hf.processing_anymal import AnyMALProcessor
 
-# What the ids of codes.sections() stand for: <picture> and </picture>, <speech> and </speech>, and codes of its books.
+# Meaning of the ids of codes.sections(): <picture> and </picture>, <speech> and </speech>, and codes of its codebooks.
 _LETTERS = {32: "P", 33: "p", 39: "S", 40: "s"}
 _WRITTEN = re.compile(r"(?:t|Pcccp|S(a+)(b+)s)*")
 _SPEECH = re.compile(r"S(a+)(b+)s")

@@ -48,7 +48,7 @@ def _server() -> Path:
 
 
 def _with_server(path: Path, command: Callable[[list[str]], int], arguments: list[str]) -> int:
-    """In a rank: run the command; the server plays the interpreter that it starts."""
+    """In a rank: run the command; the server stands in for the interpreter that the command would start."""
 
     def run(words: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
         assert words[:2] == [sys.executable, "-I"] and options == {"capture_output": True, "text": True}

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoProcessor, LlamaForCausalLM  
 
 
 def answer(connection):
-    """Run one script to its end, and tell its exit code, standard output and standard error."""
+    """Run one script to its end, and send back its exit code, standard output and standard error."""
     with connection.makefile("rw") as stream, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         request = json.loads(stream.readline())
         if len(os.listdir("/proc/self/task")) > 1:

@@ -83,7 +83,7 @@ def _labels(names: Sequence[str]) -> dict[str, Any]:
 
 
 def _texts(tokenizer: Any, rng: np.random.Generator) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """One to three sentences each, with and without a planted word, and the labels of what windows still hold."""
+    """One to three sentences each, with and without a planted word, and labels of what is left after truncation."""
     texts = []
     for label in rng.integers(0, len(LABELS), 64):
         planted = str(rng.choice(PLANTED[LABELS[label]])) if label else ""

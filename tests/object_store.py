@@ -34,7 +34,7 @@ class ObjectStore:
     files: Path
 
     def fail(self, object: str = "", kind: str = "", times: int = 1, **details: Any) -> None:
-        """Fail the next requests for an object, instead of earlier faults; without arguments, none. Clears the log.
+        """Fail the next requests for an object, replacing earlier faults; without arguments, fail none. Clears the log.
 
         Args:
             object: end of the request's path.

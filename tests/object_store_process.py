@@ -105,7 +105,7 @@ def _cut(data: bytes) -> Iterable[bytes]:
 
 
 class _Quiet(WSGIRequestHandler):
-    # Connections are kept, as by real stores.
+    # Connections are kept open, as real stores do.
     protocol_version = "HTTP/1.1"
 
     def log(self, type: str, message: str, *args: Any) -> None:

@@ -9,7 +9,7 @@ import socket
 import tempfile
 from pathlib import Path
 
-# The system gives client sockets ports from this one on; a port it once gave out may be taken again at any time.
+# Range of the ports that the system gives to client sockets; one it gave out may be taken again at any time.
 _CLIENTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
 _LOWEST = 15_000
 # A process that drew port N holds a lock on byte N of this file until it ends. A rank listens a while after its port

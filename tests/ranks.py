@@ -61,7 +61,7 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: flo
 
 
 def _ended(processes: list[Any]) -> str:
-    """The ranks that have ended otherwise than by themselves."""
+    """The ranks that ended with an exit code other than 0."""
     codes = [(rank, process.exitcode) for rank, process in enumerate(processes)]
     return ", ".join(f"rank {rank} ended with exit code {code}" for rank, code in codes if code)
 

@@ -130,7 +130,7 @@ def clotho(folder: Path, count: int = 3) -> Path:
 
 
 def img2dataset(folder: Path, shards: int = 2, samples: int = 6) -> Path:
-    """Shards of img2dataset: the picture, its caption and what is known of it; failed downloads are counted beside."""
+    """Shards of img2dataset: picture, caption and metadata; a file next to each shard counts failed downloads."""
     for shard in range(shards):
         members = []
         for n in range(samples):
@@ -159,7 +159,7 @@ def img2dataset(folder: Path, shards: int = 2, samples: int = 6) -> Path:
 
 
 def energon(folder: Path, kind: str, count: int = 6, fields: dict[str, str] | None = None) -> Path:
-    """An energon data set of a sample type, with its shards in a folder of their own."""
+    """An energon data set of the given sample type, with its shards in a folder of their own."""
     for shard, split in enumerate(("train", "train", "val")):
         members = []
         for n in range(count):

@@ -17,7 +17,7 @@ from typing import Optional
 from megatron_anymal.processes.child_processes import end_group
 
 HERE = Path(__file__).parent
-# In this order: short ones first, and what needs the most memory last.
+# In this order: short ones first, and the one that needs the most memory last.
 NAMES = ("kernels", "alignment_8b", "sft_8b", "dpo_8b", "alignment_70b_fp8")
 
 
@@ -34,14 +34,14 @@ def run(name: str, folder: Path, dry_run: bool, limit: Optional[float]) -> int:
             [*words, *(["--dry-run"] if dry_run else [])],
             stdout=output,
             stderr=subprocess.STDOUT,
-            # With its loader processes, it is ended as a group.
+            # A group of its own, so that it can be ended together with its loader processes.
             start_new_session=True,
         )
         try:
             code = process.wait(limit)
             ending = "done" if code == 0 else f"FAILED with exit code {code}"
         except subprocess.TimeoutExpired:
-            code, ending = 124, "ENDED at its limit; what was finished is in its JSON file"
+            code, ending = 124, "ENDED at its limit; its finished cases are in its JSON file"
         finally:
             if process.poll() is None:
                 end_group(process.pid)
@@ -56,8 +56,10 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, metavar="FOLDER", help="output folder, created if missing")
     parser.add_argument("--dry-run", action="store_true", help="run the same code with tiny sizes on the CPU")
-    parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES)
-    parser.add_argument("--limit", type=float, metavar="SECONDS", help="end each benchmark after this time")
+    parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, help="benchmarks to run (default: all)")
+    parser.add_argument(
+        "--limit", type=float, metavar="SECONDS", help="end each benchmark after this time (default: never)"
+    )
     arguments = parser.parse_args(argv)
     if arguments.limit is not None and arguments.limit <= 0:
         parser.error(f"--limit must be a positive number of seconds; it is {arguments.limit:g}.")

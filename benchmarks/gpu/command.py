@@ -30,8 +30,8 @@ FLOPs of a step, two per multiply-add, for real tokens (no padding):
   3 x 2 x heads x head size x layers x sum of L^2           (causal attention within documents of L tokens)
   2 x the encoder's parameters x its tokens + attention     (forward only)
   6 x the projector's parameters x its tokens + attention   (2 x in DPO, which freezes it)
-A trained Llama would count 6 instead of 4. Recomputed activations do not count, nor gradients that reach nothing that
-trains. This is the count of a run's log: docs/operations/utilization.md.
+A trained Llama would count 6 instead of 4. Recomputed activations do not count, nor do gradients that no trained weight
+needs. A run's log uses the same count: docs/operations/utilization.md.
 MFU = FLOPs / seconds / rate of a large matrix product measured in the same run."""
 
 # Dimensions of a case and their choices.
@@ -100,11 +100,13 @@ def _parser(benchmark: Benchmark, document: Optional[str]) -> argparse.ArgumentP
     b = benchmark
     for name, choices in CHOICES.items():
         values = getattr(b, name)
-        default = f"default: {' '.join(map(str, values))}; every combination is a case"
+        default = f"values to measure, every combination as a case; default: {' '.join(map(str, values))}"
         parser.add_argument(
             f"--{name.replace('_', '-')}", nargs="+", type=type(values[0]), choices=choices, help=default
         )
-    parser.add_argument("--sides", nargs="+", choices=b.sides, default=b.sides, help="sides to measure in turn")
+    parser.add_argument(
+        "--sides", nargs="+", choices=b.sides, default=b.sides, help="sides to measure in turn; default: all"
+    )
     for name, what, default, dry in _numbers(b):
         parser.add_argument(f"--{name}", type=int, help=f"{what}; default: {default}, in a dry run {dry}")
     parser.add_argument(

@@ -1,6 +1,6 @@
 """Cases to measure on a GPU: models, pack lengths and precisions, as configurations of this trainer.
 
-A dry run only divides every size, so that a CPU runs it in moments.
+A dry run differs only in that every size is divided, so that it takes moments on a CPU.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The part of the quickstart's report on the any-to-any stage."""
+"""The section of the quickstart's report on the any-to-any stage."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from examples.quickstart.markup import media_html
 # Kind of request for media -> its title, and how many answers to it are shown.
 REQUESTS = {
     "digit": ("digits drawn on request", 40),
-    "two digits": ("text and pictures in turn", 6),
-    "video": ("videos continued: the last frame given, then two drawn ones", 12),
+    "two digits": ("interleaved text and pictures", 6),
+    "video": ("videos continued: the given last frame, then two drawn frames", 12),
     "sound": ("sounds made on request", 6),
 }
 
@@ -23,7 +23,7 @@ def any_to_any_numbers(folder: Path, understood: Path) -> dict[str, Any]:
     """The entry "any_to_any" of report.json.
 
     Args:
-        folder: of the quickstart; its `creations` are judged already.
+        folder: the quickstart's folder; its `creations` have already been judged.
         understood: output file of `anymal evaluate --out` with the any-to-any model.
     """
     scores = json.loads(understood.read_text())["scores"]["trained"]
@@ -46,20 +46,21 @@ def any_to_any_section(folder: Path, report: Mapping[str, Any]) -> str:
     """The page's section on the any-to-any stage, without its heading.
 
     Args:
-        folder: of the quickstart.
+        folder: the quickstart's folder.
         report: the content of report.json.
     """
     made, judges = report["any_to_any"], report["any_to_any"]["judges"]
     return (
-        "<p>Pictures and sounds as codes of the Llama's vocabulary, read and written by one model. Classifiers of "
-        f"scikit-learn, trained on held-out media ({judges['digits']:.1%} and {judges['sounds']:.1%} on the training "
-        f"media), find what was asked for in {made['drawn_as_asked']:.1%} of the digits, "
-        f"{made['two_drawn_as_asked']:.1%} of the pairs of digits, {made['videos_continued']:.1%} of the videos and "
-        f"{made['sounds_as_asked']:.1%} of the sounds. {made['grammatical']:.1%} of {made['answers']} answers "
-        f"obey the grammar; without enforcement, {made['grammatical_by_itself']:.1%} would. The model answers "
-        f"{made['understood']:.1%} of the held-out questions about pictures and {made['sounds_understood']:.1%} of "
-        f"those about sounds exactly; the model with encoders answers {report['modalities']['image']['accuracy']:.1%} "
-        f"and {report['modalities']['audio']['accuracy']:.1%}.</p>{_creations(folder)}"
+        "<p>One model reads and writes pictures and sounds as codes of the Llama's vocabulary. scikit-learn "
+        f"classifiers, trained on held-out media (accuracy on the training media: {judges['digits']:.1%} for digits, "
+        f"{judges['sounds']:.1%} for sounds), recognise the requested content in {made['drawn_as_asked']:.1%} of the "
+        f"digits, {made['two_drawn_as_asked']:.1%} of the pairs of digits, {made['videos_continued']:.1%} of the "
+        f"videos and {made['sounds_as_asked']:.1%} of the sounds. {made['grammatical']:.1%} of {made['answers']} "
+        f"answers follow the grammar; without enforcement, {made['grammatical_by_itself']:.1%} would. The model's "
+        f"answers match exactly for {made['understood']:.1%} of the held-out questions about pictures and "
+        f"{made['sounds_understood']:.1%} of those about sounds; those of the model with encoders for "
+        f"{report['modalities']['image']['accuracy']:.1%} and {report['modalities']['audio']['accuracy']:.1%}.</p>"
+        f"{_creations(folder)}"
     )
 
 

@@ -14,11 +14,11 @@ _COLOURS = ("#1f618d", "#b9770e", "#196f3d", "#922b21", "#6c3483", "#5f6a6a")
 
 
 def media_html(modality: str, data: bytes, extension: str) -> str:
-    """A media item inside the page: an image, a player of a video or a sound, or a plot of motion.
+    """A media item embedded in the page: an image, a video or audio player, or a plot of motion.
 
     Args:
         data: content of its file.
-        extension: of the file's name, without the dot.
+        extension: extension of the file's name, without the dot.
     """
     encoded = base64.b64encode(data).decode()
     if modality == "image":
@@ -43,7 +43,7 @@ def curve(metrics: Path, title: str, what: str = "loss") -> str:
     low, high = min(0.0, *map(min, series)), max(map(max, series))
     return (
         f"<h3>{title}</h3><div>{what}, from {high:.2f} (top) to {low:.2f}, over {rows[-1]['step']} steps</div>"
-        f"{lines(series, 640, 180, low)}<p>at the end: {legend}</p>"
+        f"{lines(series, 640, 180, low)}<p>final values: {legend}</p>"
     )
 
 

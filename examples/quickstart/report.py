@@ -42,9 +42,9 @@ def write_report(folder: Path, evaluation: Path, understood: Path, seconds: Mapp
     Args:
         evaluation: output file of `anymal evaluate --permute-media --untrained --out`. Its output files for the
             conversations are in FOLDER, see `answers_file`.
-        understood: output file of `anymal evaluate --out` with the any-to-any model. What that model made is in
-            FOLDER/creations.
-        seconds: durations of install, train, any_to_any and total.
+        understood: output file of `anymal evaluate --out` with the any-to-any model. The media that this model made are
+            in FOLDER/creations.
+        seconds: durations of install, train, any_to_any and total, in seconds.
 
     Returns:
         The content of report.json.
@@ -147,8 +147,8 @@ def _summary(report: Mapping[str, Any]) -> str:
         "<p>Exact-match accuracy of greedy answers on held-out samples: after alignment, before it, and with the media "
         "swapped between samples.</p><table><tr><th></th><th>after</th><th>before</th><th>media swapped</th>"
         f"<th>chance</th><th>samples</th></tr>{''.join(rows)}</table>"
-        f"<p>The Llama's weights before and after {same} (<code>{hashes['after'][:16]}</code>). "
-        f"Training took {report['seconds']['train']:.0f} s of {report['seconds']['total']:.0f} s.</p>"
+        f"<p>The Llama's weights before and after training {same} (<code>{hashes['after'][:16]}</code>). "
+        f"Training took {report['seconds']['train']:.0f} s of {report['seconds']['total']:.0f} s in total.</p>"
         f"{_of_chats(report)}"
     )
 

@@ -1,5 +1,5 @@
-"""The page of `anymal evaluate --task`: scores, the paper's numbers, and examples with their media; one HTML file
-without a script, an external file or the network."""
+"""The page of `anymal evaluate --task`: scores, the paper's numbers, and examples with their media. One HTML file that
+needs no scripts, external files or network."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megatron_anymal.evaluation.report import difference_rows, paper_rows, score
 from megatron_anymal.evaluation.samples import TaskSample
 from megatron_anymal.modalities.libraries import library
 
-# Examples of each task: so many with the lowest values of the first metric, and as many with the highest.
+# Examples per task: this many with the lowest values of the first metric, and as many with the highest.
 EXAMPLES = 6
 # Largest side of a picture, in pixels.
 _SIDE = 256
@@ -35,8 +35,8 @@ def write_page(
     """Write the page.
 
     Args:
-        file: where to; an existing file is replaced.
-        results: of `evaluation.results`.
+        file: path of the page; an existing file is replaced.
+        results: as returned by `evaluation.results`.
         samples: task -> its samples, in the order of the results' answers.
 
     Raises:
@@ -64,13 +64,13 @@ def write_page(
 def _task(name: str, result: Mapping[str, Any], samples: Sequence[TaskSample]) -> str:
     parts = [f"<h2 id='{text(name)}'>{text(result['title'])}</h2>"]
     parts += [f"<p class=quiet>{text(entry)}</p>" for entry in (result["source"], result["notes"]) if entry]
-    about = [("samples", count(result["samples"])), ("texts without an answer", count(result["unparsed"]))]
+    about = [("samples", count(result["samples"])), ("outputs without a parsable answer", count(result["unparsed"]))]
     parts.append(notes(about))
     for metric in result["scores"]:
         compared = paper_rows(result, metric)
         if len(compared) > 1:
             title, where = result["scores"][metric]["title"], result["paper"]["where"]
-            caption = f"{text(title)}, beside {text(where)} of the paper"
+            caption = f"{text(title)}, compared with the paper ({text(where)})"
             cells = [[text(model), bar(max(0.0, value), 100, f"{value:.1f}")] for model, value in compared]
             parts.append(table(["model", "score"], cells, caption))
     if result["breakdown"]:
@@ -79,7 +79,7 @@ def _task(name: str, result: Mapping[str, Any], samples: Sequence[TaskSample]) -
             [text(group or "none"), count(part["samples"]), *(f"{part[name]:.1f}" for name in names)]
             for group, part in result["breakdown"].items()
         ]
-        parts.append(table(["part", "samples", *map(text, names)], cells, "Parts of the data"))
+        parts.append(table(["subset", "samples", *map(text, names)], cells, "Scores by subset"))
     metric = next(iter(result["scores"]))
     return "".join(parts) + "".join(
         _example(result["answers"][number], samples[number]) for number in chosen(result["answers"], metric)
@@ -104,7 +104,7 @@ def _example(row: Mapping[str, Any], sample: TaskSample) -> str:
 
 
 def _media(item: MediaItem) -> str:
-    """A picture, or the name of another kind of file."""
+    """A picture; for any other file, its name and size."""
     file = item.read()
     if file.extension not in _PICTURES:
         return f"<p class=quiet>{short(item.name)}: {count(len(file.data))} bytes</p>"

@@ -200,7 +200,7 @@ def test_limits_and_sampling(run_dir: Path, root: Path, tmp_path: Path) -> None:
     code, output = evaluate(run_dir, root, tmp_path / "all", "--task", "vqav2", *sampled, "--batch-size", "2")
     assert code == 0, output
     few, everything = answers_of(tmp_path / "few")["vqav2"], answers_of(tmp_path / "all")["vqav2"]
-    # A draw belongs to a sample, whatever is answered with it.
+    # A draw depends on the sample alone, not on the others that are answered along with it.
     assert len(few) == 4 and sum(bool(text) for text, _ in few.values()) >= 2 and few.items() <= everything.items()
     code, output = evaluate(run_dir, root, tmp_path / "all", "--task", "vqav2")
     assert code == 2 and "holds answers with sampling=" in output and "--out" in output, output

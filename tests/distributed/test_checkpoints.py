@@ -87,7 +87,7 @@ def test_resume_with_another_rate(config: RunConfig, undisturbed: dict[bool, lis
     config.trainer.max_steps, config.model.optim.lr = 6, 2 * config.model.optim.lr
     config.resilience.allow_changes = ["config"]
     resumed_losses = run_ranks(1, train, config)[0]["losses"]
-    # The first loss after the resume is of weights that were trained at the old rate.
+    # The first loss after the resume is that of weights trained at the old rate.
     assert resumed_losses[:4] == undisturbed[True][:4]
     assert not set(resumed_losses[4:]) & set(undisturbed[True])
 

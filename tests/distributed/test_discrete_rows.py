@@ -145,7 +145,7 @@ def test_a_frozen_part_of_a_trained_llama(config: RunConfig) -> None:
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_resume_and_another_layout(config: RunConfig, tied: bool, tmp_path: Path) -> None:
-    """Bit for bit under the same layout, and to rounding after a change of all of it, by way of a resharded file."""
+    """Bit for bit under the same layout; up to rounding under an entirely different one, from a resharded file."""
     config.model.language_model.config["tie_word_embeddings"] = tied
     three = laid_out(config, 2, pipeline_model_parallel_size=2)
     three.trainer.max_steps = 3
@@ -269,7 +269,7 @@ def test_other_codes_are_refused(config: RunConfig) -> None:
 
 
 def test_a_kind_of_media_is_appended(config: RunConfig) -> None:
-    """A later run has one more: it begins with the earlier rows, under another layout, and draws the new ones."""
+    """A later run has one more kind: it begins with the earlier rows, under another layout, and draws the new ones."""
     config.trainer.max_steps = 1
     first = run_ranks(1, train_on_codes, config)[0]["weights"]
     config.model.restore_from_path = config.exp_manager.explicit_log_dir

@@ -1,6 +1,6 @@
 """lmms-eval and lm-evaluation-harness give an export the answers, accuracy and likelihoods of `anymal evaluate`.
 
-They are installed from PyPI, and need another environment than the tests, whose installation takes minutes: slow.
+They are installed from PyPI into an environment of their own. That takes minutes, so these tests are marked slow.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def write_benchmark(file: Path, answers: dict[str, str]) -> None:
     """Write questions about the quickstart's held-out pictures, in the format of VQAv2.
 
     Args:
-        answers: of some questions by their key; of the others it is the digit.
+        answers: to some questions, by their key; the answer to all others is the digit.
     """
     rows: list[dict[str, Any]] = []
     for n, (scan, label) in enumerate(zip(*split_digits(1234, COUNT)["held_out"])):
@@ -151,7 +151,7 @@ def test_lmms_eval_asks_in_a_users_turn(programs: Path, folder: Path) -> None:
 def test_lmms_eval_names_a_mistake(programs: Path, folder: Path) -> None:
     words = [word.replace("pretrained=exported", "pretrained=tokenizer") for word in line_of("lmms-eval", "anymal_vqa")]
     words = [str(ROOT / word) if word == "examples/lmms_eval_tasks" else word for word in words]
-    # It reports errors and ends with the code 0.
+    # lmms-eval only reports errors, and exits with code 0.
     assert "There is no checkpoint in 'tokenizer'" in run_program(programs, words, folder)
 
 

@@ -308,7 +308,7 @@ def test_merged_adapters_of_a_bf16_run_are_verified_as_they_are_rounded(run: Run
     weights = load_file(tmp_path / "merged" / "model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
     assert export(config, tmp_path / "apart", "--llama-only", "--adapter", "separate") == 0
-    # A merged weight that is not as it should be is still found.
+    # A wrong merged weight is still detected.
     name = "model.layers.1.mlp.up_proj.weight"
     weights[name][0, :4] += weights[name][0, :4].abs().max()
     save_file(weights, tmp_path / "merged" / "model.safetensors", metadata={"format": "pt"})

@@ -351,7 +351,7 @@ def likelihoods(source: RunConfig | Path, prompts: list[Prompt], batch: int) -> 
 
 
 def likelihoods_by_hand(export: Path, prompts: list[Prompt]) -> list[list[float]]:
-    """In a rank: the same of prompts without media, one candidate at a time, by transformers' Llama alone."""
+    """In a rank: the same for prompts without media, one candidate at a time, by transformers' Llama alone."""
     model = AnyMALForConditionalGeneration.from_pretrained(export).eval().language_model
     tokenizer = Tokenizer(str(export))
     log_likelihoods = []

@@ -107,13 +107,13 @@ def test_commands_say_nothing_but_their_own(tmp_path: Path) -> None:
     sizes = ["--tensor-model-parallel-size", "1", "--pipeline-model-parallel-size", "2"]
     commands = (
         ["import_hf", "--hf", str(source), "--out", checkpoint],
-        # Before those that join a job: it simulates the ranks of one.
+        # Before the commands that join a job, because this one simulates the ranks of a job.
         ["reshard", "--checkpoint", checkpoint, "--out", cut, *sizes],
         ["inspect", checkpoint],
         ["export_hf", "--checkpoint", checkpoint, "--out", out, "--llama-only"],
         ["verify", "--checkpoint", checkpoint, "--export", out],
     )
-    # All in one new interpreter, so that what libraries say when they are imported would be seen.
+    # All in one new interpreter, so that messages of libraries on import would be seen.
     done = subprocess.run([sys.executable, "-c", ONE_BY_ONE, json.dumps(commands)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     lines = done.stderr.splitlines()

@@ -191,7 +191,7 @@ MEASURED = ("second", "tflops", "memory", "growth", "wait", "passes", "share")
 
 
 def steps_of(run_dir: Path) -> list[dict[str, float]]:
-    """A run's metrics, without those that time decides."""
+    """A run's metrics, without those that depend on timing."""
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in row.items() if not any(m in name for m in MEASURED)} for row in rows]
 
@@ -294,7 +294,7 @@ def test_planted_bugs_are_found(
 def test_only_the_alignment_whose_gradient_is_not_finite_is_left_out(
     equal_lengths: dict[str, str], tokenizer_folder: str
 ) -> None:
-    """Packs hold one alignment each, so that the others do not see the numbers that are not finite."""
+    """Packs hold one alignment each, so that the others do not see the non-finite values."""
     config = configuration(equal_lengths, tokenizer_folder, Path("unused"))
     config.data.seq_length, config.trainer.max_steps = LENGTH, 2
     config.model.multiplex["audio"].max_steps = config.model.multiplex["imu"].max_steps = 0

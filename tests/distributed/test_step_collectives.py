@@ -1,6 +1,6 @@
 """What a step waits for: collectives and messages by kind, and reads of the device, for each job and layout.
 
-The numbers are those of today. A rise needs a reason; a fall is progress: change the number.
+These are the current numbers. An increase needs a reason; after a decrease, which is progress, update the number.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "context": {"context_parallel_size": 2},
 }
 # The optimizer's shards: gradients are reduced to them, weights are gathered from them. On CPUs a coalesced all-gather
-# is sent as single ones.
+# is sent as several plain ones.
 SHARDS = {"reduce_scatter_tensor_coalesced": 1, "allgather_base": 1}
 # Three reductions for which all ranks wait: unreadable samples; losses, stops and finite gradients; the gradient's
 # norm. DPO adds the reference's log-probabilities, and under context parallelism the answers' sums of either pass.
@@ -55,7 +55,7 @@ EXPECTED: dict[tuple[str, str], dict[str, int]] = {
     ("sft", "context"): {**SHARDS, "allreduce": 3, "allgather_base": 3 + 1, "reduce_scatter_base": 3},
     ("dpo", "context"): {**SHARDS, "allreduce": 6, "allgather_base": 6 + 1, "reduce_scatter_base": 2},
 }
-# The last stage has nothing that trains, or gets messages where the first one sends them.
+# The last stage has nothing that trains, or receives as many messages as the first one sends.
 OF_LAST_STAGE = {
     "pretrain": {"allreduce": 3, "send": 1, "recv": 1},
     "dpo": {"allreduce": 4, "send": 1, "recv": 2, **SHARDS},

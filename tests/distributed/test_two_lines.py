@@ -1,6 +1,6 @@
 """A checkpoint of one line of megatron-core continues on the other, with the losses of an undisturbed run.
 
-Needs a second environment, such as `make venv PYTHON=python3.12` makes: its Python stands in ANYMAL_OTHER_PYTHON.
+Needs a second environment, such as `make venv PYTHON=python3.12` makes; ANYMAL_OTHER_PYTHON is the path of its Python.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the docstrings of the public API must hold, read from the source with `ast`; nothing is imported.
+"""What the docstrings of the public API must contain, read from the source with `ast`; nothing is imported.
 
 Notation of shapes: square brackets with named, literal or computed sizes, "[tokens, hidden]"; "scalar"; "any shape";
 "the shape of ..."; "unused" for an argument that an interface demands. Units are words: seconds, bytes, Hz.

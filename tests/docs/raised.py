@@ -1,8 +1,8 @@
 """Exceptions that a function raises, as far as the source shows, read with `ast`.
 
-Counted are raise statements in the body and in the functions, methods and constructors of the package that it calls,
-less those that an enclosing `try` or `suppress` catches; of other modules only the package's own exceptions. Methods
-are followed if called on `self`, `cls` or the name of their class.
+Raise statements count if they are in the body, or in functions, methods and constructors of the package that it calls,
+minus those that an enclosing `try` or `suppress` catches; from other modules, only the package's own exceptions count.
+Methods are followed if called on `self`, `cls` or the name of their class.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class _Scope:
 
     # Class of the method; "" in a function.
     owner: str
-    # Functions on the way here.
+    # Functions on the call path to it.
     calls: frozenset[str]
     # Name of a caught exception -> its types, and those of the handler around the statement.
     caught: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -140,7 +140,7 @@ class Raised:
         return errors | self._in([*node.orelse, *node.finalbody], scope)
 
     def _raised(self, exc: ast.expr | None, scope: _Scope) -> set[str]:
-        """Types of `raise exc`, if they can be told; of a function that makes the exception, what it returns."""
+        """Types that `raise exc` raises, if known; if a function makes the exception, its annotated return type."""
         if exc is None:
             return set(scope.handled) & ancestors().keys()
         name = ast.unparse(exc.func if isinstance(exc, ast.Call) else exc).rpartition(".")[2]

@@ -24,7 +24,7 @@ from docstring_rules import (
 from raised import Raised, ancestors
 
 PAGES = ROOT / "docs" / "reference" / "api"
-# Modules that are no API, by name or by the start of it -> where they are documented.
+# Modules that are not part of the API, by name or prefix -> where they are documented.
 ELSEWHERE = {
     "megatron_anymal.__main__": "the command anymal: docs/reference/cli.md",
     "megatron_anymal.cli": "its subcommands: docs/reference/cli.md",
@@ -63,7 +63,7 @@ def on_pages() -> list[tuple[str, Path]]:
 
 
 def without_error(item: Definition) -> Iterator[str]:
-    """Exceptions that are raised and not named: neither they nor a base class of the package or of Python."""
+    """Exceptions that are raised but not documented: neither they nor a base class of the package or of Python."""
     errors = raised_by(item) - NOT_ERRORS
     for error in sorted(errors - NEVER_RAISED.get(short(item), (set(), ""))[0]):
         names = ancestors()[error] - {"Exception", "BaseException", "object"}

@@ -1,4 +1,4 @@
-"""The data guide's tables are those of the code."""
+"""The data guide's tables match the code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The guides on comparison and synthesis: their commands run, and their tables are those of the code."""
+"""The guides on comparison and synthesis: their commands run, and their tables match the code."""
 
 from __future__ import annotations
 

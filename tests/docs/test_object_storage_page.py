@@ -1,4 +1,4 @@
-"""docs/guides/object-storage.md: its commands run against a server, and its numbers are those of the code."""
+"""docs/guides/object-storage.md: its commands run against a server, and its numbers match the code."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_commands_run(tmp_path: Path, mixed_shards: str, monkeypatch: pytest.Mon
         prepared, inspected = (run(command, tmp_path) for command in commands(PAGE) if command.startswith("anymal"))
         requests = [span for shard in Path(shards).glob("*.tar") for span in store.log(shard.name)]
     assert "40 samples, 40 media items, 0 left out" in prepared and "40 samples" in inspected
-    # By prepare one request for each small shard, by inspect two for the members of two samples.
+    # `prepare` makes one request for each small shard, `inspect` two for the members of two samples.
     assert len(requests) >= 4 and all(requests)
 
 

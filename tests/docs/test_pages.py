@@ -48,7 +48,7 @@ def media_of_the_guide(folder: Path) -> None:
 
 @pytest.mark.timeout(900)
 def test_commands_run(quickstart_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # As a reader has it.
+    # As in a reader's shell.
     monkeypatch.delenv("OMP_NUM_THREADS")
     shutil.copytree(quickstart_folder, tmp_path / "runs" / "quickstart")
     media_of_the_guide(tmp_path / "media")
@@ -65,10 +65,10 @@ def test_commands_run(quickstart_folder: Path, tmp_path: Path, monkeypatch: pyte
             command = f"anymal {verb[0].strip()} --print-config"
         folder = tmp_path
         if command.startswith("anymal plan --config-name=pretrain_70b_image"):
-            # Where its data set is not: another page has made one of that name, with other media.
+            # In a folder without its data set: another page has made one of that name, with other media.
             folder = tmp_path / "plan"
             folder.mkdir(exist_ok=True)
-        # After three steps an answer may be empty: its line is not.
+        # After three steps an answer may be empty, but its line is not.
         assert run(command, folder), command
         ran += 1
     assert ran >= 20

@@ -1,4 +1,4 @@
-"""The guide on serving: its commands run against an exported folder, and its tables are those of the code."""
+"""The guide on serving: its commands run against an exported folder, and its tables match the code."""
 
 from __future__ import annotations
 

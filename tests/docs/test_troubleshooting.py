@@ -1,4 +1,4 @@
-"""The messages that the troubleshooting page quotes are those of the code."""
+"""The messages that the troubleshooting page quotes match the code."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ def photos(folder: Path) -> None:
 
 
 def flaws(folder: Path) -> dict[str, str]:
-    """Files as users have them; what the script must say of those that it leaves out."""
+    """Files as users have them; what the script must report about those that it leaves out."""
     Image.new("L", (40, 60)).save(folder / "00048.PNG")
     (folder / "00048.txt").write_bytes(b"\xef\xbb\xbfein gr\xc3\xbcnes Quadrat,\nzweizeilig\n")
     for name in ("00049", "00050", "00051"):

@@ -3,7 +3,7 @@
     PYTHONPATH=.:tests:tests/faults:benchmarks python -m soak --minutes 20 --out results.json
 
 The faults kill or stop a rank, kill a loader process, ask the launcher to stop, or kill the launcher with all its
-children (the keeper of its memory is none of them). A launcher that has ended is restarted. With --nodes 2 or more,
+children (the keeper of its memory is not one of them). A launcher that has ended is restarted. With --nodes 2 or more,
 each fault kills the launcher of a node with all its processes; a spare node takes its place, and another spare is
 started. Node 0, which cannot be replaced, is started again. Prints the number of steps that differ, which must be 0,
 and the effective-training-time ratio; the exit code is 1 if any step differs. At one fault per minute, failures are

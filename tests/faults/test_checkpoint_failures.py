@@ -263,7 +263,7 @@ def test_in_the_background_or_not_the_files_are_the_same(config: RunConfig, tmp_
         one.exp_manager.explicit_log_dir = str(tmp_path / str(kind))
         output = run_ranks(2, slow_disk, one)[0][0]
         assert ("waiting for" in output) == kind
-        # The writing takes 0.3 s or more, and what the next save waits of it is not counted.
+        # The writing takes 0.3 s or more, and the part of it for which the next save waits is not counted.
         stalls = [(e["stalled"], e["seconds"]) for e in events.read(tmp_path / str(kind)) if e["kind"] == "saved"]
         assert len(stalls) == 2 and all((stalled < seconds - 0.25) == kind for stalled, seconds in stalls)
         folders = reversed(store.committed(tmp_path / str(kind) / "checkpoints"))

@@ -129,7 +129,7 @@ def test_torchs_words_for_it() -> None:
 
 
 def test_an_exit_code_tells_of_a_signal() -> None:
-    """torch says "exited unexpectedly" of a killed process, too, if it looks before the signal handler runs."""
+    """torch reports a killed process as "exited unexpectedly", too, if it looks before the signal handler runs."""
     workers: list[Any] = [SimpleNamespace(pid=pid, exitcode=code) for pid, code in ((12, -9), (13, None), (14, -11))]
     error = worker_died(RuntimeError("DataLoader worker (pid(s) 12) exited unexpectedly"), workers)
     assert "process 12 of rank" in str(error) and "was killed by a signal (Killed)" in str(error)

@@ -23,7 +23,7 @@ FOUND = backend.capabilities()
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not FOUND.cuda_devices, reason="there is no CUDA device"),
-    pytest.mark.skipif(not FOUND.fp8, reason="needs a card with FP8 (compute capability 8.9 or later)"),
+    pytest.mark.skipif(not FOUND.fp8, reason="needs a GPU with FP8 (compute capability 8.9 or later)"),
     pytest.mark.skipif(not FOUND.transformer_engine, reason="needs Transformer Engine: pip install -e '.[te]'"),
 ]
 WAYS = [

@@ -19,7 +19,7 @@ from megatron_anymal.modalities import load_plugins
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
-# The modality of a file that is read once another file exists; it says that it is being read.
+# A modality whose file is read only once another file exists; a marker file shows that reading has begun.
 PLUGIN = """
 import os, time
 from megatron_anymal.modalities import Modality, register

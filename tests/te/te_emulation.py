@@ -1,7 +1,7 @@
 """TEST ONLY: Transformer Engine's own classes on a CPU, in a process that has the CPU shim.
 
 Its compiled functions that these tests reach are written in torch: casts to and from FP8, the transposed copy, matrix
-products, norms, and attention over documents. It is told that the GPU is a Hopper. Everything else is its own: modules,
+products, norms, and attention over documents. It sees a Hopper as the GPU. Everything else is its own: modules,
 their autograd functions, tensors, quantizers, recipes, and the signatures of all that is called. Rounding is that of
 torch's casts, not of a GPU's kernels.
 """
@@ -57,7 +57,7 @@ def install() -> None:
 
 
 def _built(initialize: Any) -> Any:
-    """A module's `__init__`, for which there is a CUDA device."""
+    """A module's `__init__`, to which a CUDA device seems available."""
 
     @functools.wraps(initialize)
     def call(*args: Any, **kwargs: Any) -> None:
@@ -68,7 +68,7 @@ def _built(initialize: Any) -> Any:
 
 
 def _prepared(prepare: Any) -> Any:
-    """A module's `prepare_forward`, for which the input is on a CUDA device."""
+    """A module's `prepare_forward`, to which the input seems to be on a CUDA device."""
 
     @contextmanager
     def call(*args: Any, **kwargs: Any) -> Iterator[Any]:

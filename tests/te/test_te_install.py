@@ -48,7 +48,7 @@ def install(python: Path, *folder: str, cuda: str = "13.0", **variables: str) ->
 @pytest.mark.parametrize(
     ("settings", "expected_message"),
     [
-        ({"cuda": ""}, "torch here is a build for CPUs"),
+        ({"cuda": ""}, "torch here is a CPU build"),
         ({"CXX": "no-such-compiler"}, "there is no C++ compiler ('no-such-compiler')"),
         ({"cuda": "12.8"}, "torch here is built for CUDA 12.8"),
     ],

@@ -23,7 +23,7 @@ def compare() -> dict[str, float]:
 
     cpu_shim.install()
     install()
-    # It numbers the CUDA device, which the CPU shim names.
+    # The original adds an index to "cuda", the device that the CPU shim reports.
     rmsnorm.canonicalize_device = lambda device: torch.device("cpu")
     sizes = PartSizes((5, 3), hidden=32, ffn=16, heads=4, key_value_heads=2, head_size=8, vocabulary=40)
     parts = make_parts(sizes, torch.device("cpu"), torch.float32)

@@ -267,7 +267,7 @@ def test_plan_accuracy(tmp_path: Path) -> None:
     report = json.loads(out.read_text())
     rows = report["published"]["rows"]
     assert len(rows) == 11 and f"mean absolute error {report['published']['mean_error']:.1%}" in printed
-    # Predictions are of the published order of magnitude, whatever they are.
+    # Predictions have the published order of magnitude, whatever their exact values.
     assert all(0.4 < row["predicted"] / row["published"] < 2 for row in rows)
     assert str(tmp_path) not in out.read_text()
 

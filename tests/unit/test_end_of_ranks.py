@@ -34,7 +34,7 @@ def test_ranks_may_end_one_after_the_other(tmp_path: Path) -> None:
     (tmp_path / "rank.py").write_text(SCRIPT)
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     job = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "PYTHONPATH": path}
-    # New interpreters: what matters is how one is taken down.
+    # New interpreters, because the test is about how an interpreter is torn down.
     ranks = [
         subprocess.Popen(
             [sys.executable, str(tmp_path / "rank.py")],

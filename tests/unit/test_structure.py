@@ -217,6 +217,6 @@ def test_classes_have_names_of_their_own() -> None:
 
 
 def test_test_files_have_names_of_their_own() -> None:
-    """pytest imports them by their names: a second file of a name is an error, but only where both are collected."""
+    """pytest imports them by their names: two files of the same name are an error, but only if both are collected."""
     names = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
     assert not [name for name, count in names.items() if count > 1]

@@ -21,9 +21,9 @@ def frame(plot: str, label: str, x: tuple[str, str, str], y: tuple[str, str, str
 
     Args:
         plot: HTML that fills the frame.
-        label: what a screen reader says instead of the plot.
-        x: title of the axis, its value at the left and at the right end.
-        y: title of the axis, its value at the bottom and at the top.
+        label: text that a screen reader reads out instead of the plot.
+        x: title of the axis, and its values at the left and the right end.
+        y: title of the axis, and its values at the bottom and the top.
     """
     shown = f"<figcaption>{caption}</figcaption>" if caption else ""
     return (
@@ -41,7 +41,7 @@ def histogram(values: np.ndarray, title: str, unit: str, mark: float = 0.0, mark
         title: HTML above it.
         unit: of the values.
         mark: a value to draw a line at, if it is within the range; 0: none.
-        mark_name: what the line is.
+        mark_name: description of the line.
     """
     low, high = float(values.min()), float(values.max())
     whole = np.issubdtype(values.dtype, np.integer)
@@ -110,6 +110,6 @@ def bar(part: float, whole: float, shown: str) -> str:
 
 
 def stacked(parts: Sequence[tuple[str, float]], whole: float) -> str:
-    """Parts of a whole side by side; each has a class for its look."""
+    """Parts of a whole side by side; each part gives the CSS class that styles it."""
     drawn = "".join(f"<i class={look} style='width:{100 * n / whole:.2f}%'></i>" for look, n in parts if n)
     return f"<span class='bar wide'>{drawn}</span>"

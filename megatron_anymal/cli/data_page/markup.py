@@ -1,4 +1,4 @@
-"""HTML of texts, numbers and tables. All text on the page passes through here, since data may contain anything."""
+"""HTML of texts, numbers and tables. All text on the page is escaped here, since data may contain anything."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import html
 import unicodedata
 from collections.abc import Iterable, Sequence
 
-# Characters that are shown by a sign of their own.
+# Characters shown as a visible sign.
 _SIGNS = {" ": "\u00b7", "\n": "\u21b5", "\t": "\u21e5", "\r": "\u240d"}
 # Unicode categories without a visible shape: controls, formats (among them those that reverse text), surrogates,
 # private use, unassigned, line and paragraph separators.
@@ -59,15 +59,15 @@ def file_size(value: float) -> str:
 
 
 def share(part: float, whole: float) -> str:
-    """A percentage, or a dash without a whole."""
+    """A percentage, or a dash if `whole` is 0."""
     return f"{part / whole:.1%}" if whole else "\u2013"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], caption: str, texts: int = 1) -> str:
-    """A table of cells that are HTML already; it scrolls by itself if it is too wide.
+    """A table of cells that are already HTML; it scrolls within the page if it is too wide.
 
     Args:
-        texts: the first so many columns are texts, the others numbers.
+        texts: number of leading columns that hold text; the others hold numbers.
     """
     kinds = ["" if at < texts else " class=n" for at in range(len(head))]
     top = "".join(f"<th scope=col{kind}>{cell}</th>" for kind, cell in zip(kinds, head))
@@ -83,5 +83,5 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], caption: str, text
 
 
 def notes(pairs: Iterable[tuple[str, str]]) -> str:
-    """A list of names and values, both HTML already."""
+    """A list of names and values, both already HTML."""
     return f"<dl>{''.join(f'<div><dt>{name}</dt><dd>{value}</dd></div>' for name, value in pairs)}</dl>"

@@ -28,7 +28,7 @@ ALONE, AMONG = 224, 96
 _COARSE = 32
 # Columns of a spectrogram.
 _COLUMNS = 320
-# Words for the two numbers of `Modality.probe`.
+# Formats of the two numbers of `Modality.probe`.
 _SIZES: dict[type, str] = {
     ImageModality: "{:.0f} x {:.0f} pixels",
     VideoModality: "{:.6g} s, {:.6g} frames/s",
@@ -41,12 +41,12 @@ _AXES = ("accelerometer x", "accelerometer y", "accelerometer z", "gyroscope x",
 
 
 def item(media: ShownMedia, entry: LoadedModality, number: int, anchor: str, room: float) -> str:
-    """One media item of a sample: what it is, and the encoder's inputs that it became.
+    """One media item of a sample: its description and its encoder inputs.
 
     Args:
-        number: of the item in its sample, from 0.
+        number: number of the item in its sample, from 0.
         anchor: start of its link target.
-        room: share of the sample's pictures that it may have.
+        room: share of the sample's pictures that it may show.
     """
     name = media.planned.modality
     known = (words for kind, words in _SIZES.items() if isinstance(entry.modality, kind))

@@ -1,4 +1,4 @@
-"""The page: one HTML file without a script, an external file or the network."""
+"""The page: one HTML file that needs no scripts, external files or network."""
 
 from __future__ import annotations
 
@@ -28,28 +28,28 @@ from megatron_anymal.data.lint import kind_name
 from megatron_anymal.data.mix_stages import stage_lines
 from megatron_anymal.data.step_plan import StepPlan
 
-# Names that are given of each kind of what was left out.
+# Number of examples named for each reason to leave something out.
 _NAMES = 3
 _SECTIONS = {"index": "Index", "left-out": "Left out", "mixture": "Mixture", "step": "Step", "samples": "Samples"}
 
 
 @dataclass(frozen=True)
 class WrittenPage:
-    """What a page shows."""
+    """Summary of a written page."""
 
-    # Number of samples on it.
+    # Number of samples on the page.
     samples: int
-    # Number of packs that they are in.
+    # Number of packs that contain them.
     packs: int
-    # Name of each sample that cannot be read, and why.
+    # Name of each sample that cannot be read, and the reason.
     bad: list[tuple[str, str]]
 
 
 def write_page(file: Path, view: RunView, chosen: Sequence[tuple[int, int]]) -> WrittenPage:
-    """Write the page of some samples of a run, with the packs that they are in.
+    """Write the page for some samples of a run and the packs that contain them.
 
     Args:
-        file: where to; an existing file is replaced.
+        file: path of the page; an existing file is replaced.
         chosen: step (from 0) and position in its batch of each sample.
 
     Raises:
@@ -139,14 +139,14 @@ def _index(view: RunView, numbers: Sequence[DatasetNumbers]) -> str:
             f"<div class=plots>{costs}</div>"
         )
     return (
-        f"<section id=index><h2>Index</h2>{table(head, rows, 'What the indexes hold', 5)}<h3>Length per sample</h3>"
+        f"<section id=index><h2>Index</h2>{table(head, rows, 'Contents of the indexes', 5)}<h3>Length per sample</h3>"
         "<p>Soft tokens included. A dashed line marks data.seq_length if it is in range.</p>"
         f"<div class=plots>{lengths}</div>{costs}</section>"
     )
 
 
 def _left_out(numbers: Sequence[DatasetNumbers]) -> str:
-    """What was left out of the indexes, and what was noticed, by code."""
+    """Entries left out of the indexes, and notes, by code."""
     entries = [(one.name, entry) for one in numbers for entry in one.index.left_out()]
     by_code: dict[str, list[tuple[str, LeftOut]]] = {}
     for name, entry in entries:
@@ -157,7 +157,7 @@ def _left_out(numbers: Sequence[DatasetNumbers]) -> str:
         meaning = CODES.get(code, "") + (" (nothing is left out)" if left_out[0][1].is_note else "")
         rows.append([f"<code>{text(code)}</code>", text(meaning), f"<ul>{names}</ul>", count(len(left_out))])
     shown = (
-        table(("code", "meaning", "the first", "count"), rows, "Left out when the indexes were made", 3)
+        table(("code", "meaning", "first entries", "count"), rows, "Left out when the indexes were made", 3)
         if rows
         else "<p>Nothing was left out when the indexes were made.</p>"
     )
@@ -227,7 +227,7 @@ def _samples(view: RunView, packs: Sequence[ShownPack]) -> str:
     key = (
         "<div class=tokens><span>token</span><mark>target</mark><a href='#samples'>media</a></div><p>A <b>target</b> "
         "has a thick lower border: the loss counts its prediction, which is made at the position before it. Other "
-        "tokens are only read. Spaces show as \u00b7, line breaks as \u21b5, and parts of a character as \ufffd.</p>"
+        "tokens are only context. Spaces show as \u00b7, line breaks as \u21b5, and parts of a character as \ufffd.</p>"
     )
     shown = "".join(samples.pack(view, pack) for pack in packs)
     return f"<section id=samples><h2>Samples</h2>{key}{options}{shown}</section>"

@@ -1,4 +1,4 @@
-"""The part of the page with contents: packs with their documents, samples with media and tokens."""
+"""The page's section on contents: packs with their documents, samples with media and tokens."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def pack(view: RunView, shown: ShownPack) -> str:
     )
     return (
         f"<section id='pack-{shown.step}-{shown.replica}-{shown.number}'><h3>{title}</h3><p>{numbers}. Attention never "
-        "crosses a border between two documents, and positions start again at 0; the two answers of a pair may "
+        "crosses a boundary between documents, and positions start again at 0; the two answers of a pair may "
         f"continue the same prompt.</p>{_strip(view, shown)}"
         f"{_documents(view, shown)}{''.join(_sample(view, shown, sample) for sample in shown.samples)}</section>"
     )
@@ -65,7 +65,7 @@ def anchor(shown: ShownPack, position: int) -> str:
 
 
 def _strip(view: RunView, shown: ShownPack) -> str:
-    """The documents of a pack side by side, each as wide as it is long; shown samples are links."""
+    """The documents of a pack side by side, with widths in proportion to their lengths; shown samples are links."""
     blocks, targets = [], {sample.planned.position for sample in shown.samples}
     lengths = iter(shown.micro_batch.document_lengths)
     for number, sample in enumerate(shown.micro_batch.plan.samples):
@@ -125,7 +125,7 @@ def _sample(view: RunView, shown: ShownPack, sample: ShownSample) -> str:
     if sample.bad:
         body = (
             f"<p class=why><b>Cannot be read:</b> {short(sample.bad, 2000)}</p><p>Training leaves it out of the loss, "
-            "counts it, and stops if more than <code>data.max_bad_share</code> of a step's samples are like it.</p>"
+            "counts it, and stops if the share of such samples in a step exceeds <code>data.max_bad_share</code>.</p>"
         )
     else:
         body = _media(view, sample, own) + _tokens(view, shown, sample, own)

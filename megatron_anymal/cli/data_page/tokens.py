@@ -1,4 +1,4 @@
-"""Tokens of a document: text, id, position, whether they are targets, and media in their places."""
+"""Tokens of a document: text, id, position, whether they are targets, and media at their positions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class TokenEntry:
     shown: str
     # Number of tokens.
     tokens: int
-    # Number of targets among them.
+    # Number of these tokens that are targets.
     targets: int
 
 
@@ -49,7 +49,7 @@ def _entries(
     view: RunView, pack: ShownPack, sample: ShownSample, span: slice, anchor: str, first: int
 ) -> Iterator[TokenEntry]:
     ids = pack.micro_batch.tokens[0, span].tolist()
-    # The mask at a position is about the next token.
+    # The mask at a position applies to the next token.
     target = [False, *(value > 0 for value in pack.micro_batch.loss_mask[0, span].tolist()[:-1])]
     lengths = _soft_tokens(view, sample)
     placeholders = {entry.placeholder for entry in view.loaded.values()}
@@ -76,7 +76,7 @@ def _soft_tokens(view: RunView, sample: ShownSample) -> Sequence[int]:
 
 
 def _codes(vocabulary: DiscreteVocabulary, ids: list[int], at: int, target: bool, first: int) -> TokenEntry:
-    """An item of codes with its marks."""
+    """A media item in the form of codes, with its begin and end marks."""
     name = vocabulary.lookup(ids[at]).name
     stop = ids.index(vocabulary.end(name), at) + 1
     length, tag = stop - at, "mark" if target else "span"

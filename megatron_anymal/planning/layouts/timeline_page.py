@@ -1,4 +1,4 @@
-"""A page that shows one step of a layout or two: what each stage does when, and what it holds."""
+"""A page that shows one step of each layout: a timeline of every stage, and its memory over time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from megatron_anymal.planning.layouts.search import Candidate, LayoutProblem
 from megatron_anymal.planning.layouts.simulation import TimelineSpan
 from megatron_anymal.planning.layouts.step_time import StepTime, step_time
 
-# Passes of a stage that stay distinguishable; a longer step is cut to fewer micro-batches, at least two per stage.
+# Most passes of a stage that stay distinguishable; a longer step is cut to fewer micro-batches, at least twice as many
+# as there are stages.
 _MOST_PASSES = 96
 _WIDTH, _ROW, _GAP, _LEFT, _PLOT = 900, 20, 4, 60, 170
 # Narrower passes have no room for their number.
@@ -37,9 +38,9 @@ svg text.number { fill: var(--paper); font-size: 10px; text-anchor: middle; }
 _KEYS = {
     "forward": "forward",
     "backward": "backward, with recomputation",
-    "exchange": "messages, and waiting for them",
+    "exchange": "messages between stages, including waits",
     "reduce": "gradients (exposed)",
-    "update": "optimizer and weights",
+    "update": "optimizer and gathering of weights",
     "idle": "bubble",
 }
 
@@ -49,7 +50,7 @@ def timeline_page(problem: LayoutProblem, candidates: Sequence[Candidate]) -> st
     keys = "".join(f'<span class="key" style="background: var(--{name})"></span>{text}' for name, text in _KEYS.items())
     title = f"{problem.config.world_size:,} x {problem.gpu.name}"
     shown = [(one, *_shown_step(one)) for one in candidates]
-    # One time axis for whole steps, so that their lengths can be compared; those of cut steps mean nothing.
+    # Whole steps share one time axis, so that their lengths can be compared; lengths of cut steps are not comparable.
     whole = all(number == one.inputs.load.number for one, number, _ in shown)
     longest = max(step.seconds for _, _, step in shown) if whole else 0.0
     sections = "".join(f"<section>{_section(problem, *one, longest)}</section>" for one in shown)
@@ -74,7 +75,9 @@ def _section(problem: LayoutProblem, candidate: Candidate, number: int, step: St
     table = "".join(f"<tr><td>{name}</td><td>{html.escape(value)}</td></tr>" for name, value in facts.items())
     what = "The whole step"
     if number < row.micro_batches:
-        what = f"A step of {number} instead of {row.micro_batches} micro-batches: the bubble takes more of it"
+        what = (
+            f"A step of {number} instead of {row.micro_batches} micro-batches: its bubble is a larger share of the step"
+        )
     title = html.escape(str(row.layout))
     scale = (_WIDTH - _LEFT) / (longest or step.seconds)
     pictures = f"<p>{what}</p>{_timeline(step, scale)}{_memory(problem, candidate, step, scale)}"
@@ -103,7 +106,7 @@ def _timeline(step: StepTime, scale: float) -> str:
             marks.append(_box(span.kind, span.start, span.end, top, scale, _name(span)))
             marks.append(_number(span, top, scale))
         end, reduction = step.pipeline.ends[stage], step.reductions[stage]
-        marks.append(_box("reduce", end, end + reduction, top, scale, "reduction of gradients"))
+        marks.append(_box("reduce", end, end + reduction, top, scale, "gradient reduction"))
         marks.append(_box("update", step.seconds - step.update, step.seconds, top, scale, "optimizer"))
     marks.append(_axis(height - 20, scale))
     return f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="timeline">{"".join(marks)}</svg>'
@@ -116,7 +119,7 @@ def _name(span: TimelineSpan) -> str:
 
 
 def _number(span: TimelineSpan, top: float, scale: float) -> str:
-    """The micro-batch's number in its pass."""
+    """The micro-batch's number, drawn in the box of its pass."""
     if span.kind == "exchange" or (span.end - span.start) * scale < _NUMBERED:
         return ""
     middle = _LEFT + (span.start + span.end) / 2 * scale
@@ -142,7 +145,7 @@ def _axis(top: float, scale: float) -> str:
 
 
 def _memory(problem: LayoutProblem, candidate: Candidate, step: StepTime, scale: float) -> str:
-    """Stored state and held activations of a rank of each stage over the step, below the limit."""
+    """Stored state and held activations of one rank per stage over the step, with the memory limit."""
     height = _PLOT + 30
     unit = (_PLOT - 12) / problem.memory
     limit = _PLOT - problem.memory * unit
@@ -166,7 +169,7 @@ def _memory(problem: LayoutProblem, candidate: Candidate, step: StepTime, scale:
         keys += f'<span class="key" style="background: {color}"></span>{stage}'
     marks.append(_axis(_PLOT, scale))
     picture = f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="memory">{"".join(marks)}</svg>'
-    return f"<p>Memory of a rank, without temporary tensors, of stage {keys}</p>{picture}"
+    return f"<p>Memory of one rank, without temporary tensors, by stage: {keys}</p>{picture}"
 
 
 def _held_over_time(candidate: Candidate, step: StepTime, stage: int) -> Iterator[tuple[float, int]]:

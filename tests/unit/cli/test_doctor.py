@@ -124,7 +124,7 @@ RAISES = "import builtins\nraise builtins.raised('no library')\n"
 
 @pytest.mark.parametrize(("hooks", "code"), [("hooks", 0), ("none", 1)])
 def test_half_of_transformer_engine_counts_as_none(site, hooks, code):
-    """As version 2.11 does without one of its parts: errors that `except ImportError` does not catch."""
+    """Without one of its parts, version 2.11 raises errors that `except ImportError` does not catch."""
     (site / "transformer_engine" / "pytorch").mkdir(parents=True)
     (site / "transformer_engine" / "__init__.py").write_text("from . import pytorch\n")
     (site / "transformer_engine" / "pytorch" / "__init__.py").write_text(RAISES)

@@ -1,4 +1,4 @@
-"""`anymal generate` and `evaluate` refuse wrong arguments by name before loading a model."""
+"""`anymal generate` and `evaluate` refuse wrong arguments, and name them, before loading a model."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_media_are_checked_against_the_newest_readable_checkpoint(tmp_path: Path
     for folder in (older, newer):
         folder.mkdir(parents=True)
         (folder / "manifest.json").write_text("torn")
-    # Loading says what is wrong with them.
+    # Loading reports what is wrong with them.
     assert kinds_of(arguments) is None
     older.rename(tmp_path / "gone")
     config = {"model": {"modalities": {"photo": {"kind": "image"}, "imu": {"kind": ""}}}}

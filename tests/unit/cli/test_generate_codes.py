@@ -214,7 +214,7 @@ def test_evaluation_compares_codes(
     more = [f"--data={data}", "--modalities=picture", "--max-new-tokens=18", f"--out={tmp_path}/scores.json"]
     output = run(evaluate.main, folders, capsys, *more, "--code-sampling=picture:temperature=0")
     result = json.loads((tmp_path / "scores.json").read_text())
-    # The questions about a drawing are answered with a drawing, of which none is "one".
+    # The questions about a drawing are answered with drawings, so no answer is "one".
     assert result["scores"]["trained"]["picture"]["accuracy"] == 2 / 6
     assert f"{2 / 6:.1%} of 6 exact" in output and "grammatical without enforcement: " in output
     rows = result["answers"]["trained"]

@@ -192,7 +192,7 @@ def loaded(micro_batch: MicroBatch, position: int) -> list[list[tuple[str, int, 
     for branch in range(2):
         own = (micro_batch.sample_positions[0] == position) & (micro_batch.branch[0] == branch)
         ids, mask = micro_batch.tokens[0, own].tolist(), micro_batch.loss_mask[0, own].tolist()
-        # The mask at a position says whether the prediction of the next token counts.
+        # The mask at a position determines whether the prediction of the next token counts.
         targets = [False, *(value == 1 for value in mask)]
         documents.append([(str(at), number, targets[at]) for at, number in enumerate(ids)])
     return [document for document in documents if document]
@@ -595,7 +595,7 @@ def test_what_a_page_needs(shards: str, tokenizer: str, tmp_path: Path) -> None:
 def test_a_page_of_sixteen_large_samples_is_small(tokenizer: str, tmp_path: Path) -> None:
     media, lines = {}, []
     for number in range(16):
-        # Noise, which no codec makes small; four tiles a side, and more tokens than are shown.
+        # Noise, which no codec can compress; four tiles a side, and more tokens than are shown.
         media[f"{number}.png"] = png(number, (400, 400))
         lines.append({"key": f"n{number}", "parts": [{"media": f"{number}.png"}, {"text": "walk! " * 300}]})
     config = config_of(shards_of(tmp_path / "large", tokenizer, lines, media), tokenizer, tmp_path)

@@ -57,7 +57,7 @@ def test_figures_follow_from_the_step(capsys: pytest.CaptureFixture[str]) -> Non
         assert row["memory_gb"] == pytest.approx(most / 1e9) and row["memory_gb"] + row["free_gb"] == pytest.approx(
             76.446
         )
-        # 7.5e9 parameters outside embedding and head, 6 operations for each and token; half the head.
+        # 7.5e9 parameters outside embedding and head, 6 operations for each parameter and token; half the head.
         operations = (6 * 6.98e9 + 3 * 128256 * 4096) * 512 * 1024
         peak = gpu.peak("fp8" if layout["fp8"] else "bf16")
         assert row["mfu"] == pytest.approx(operations / (row["seconds"] * 64 * peak), rel=0.02)
@@ -86,7 +86,7 @@ def test_the_text_says_the_same(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_written_configuration_runs_dry(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """It holds differences only, and its dry run needs the memory that the plan says."""
+    """It holds differences only, and its dry run needs the memory that the plan states."""
     target = tmp_path / "planned.yaml"
     options = ("--gpus=128", "--gpu=h100-80gb", "--keep=fp8", "--json", f"--write={target}", "model.seed=7")
     assert main(["plan", "--config-name=sft_70b", *options]) == 0

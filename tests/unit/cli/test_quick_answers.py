@@ -15,7 +15,7 @@ from tiny import make_shards
 ROOT = Path(__file__).parents[3]
 # Each takes from half a second to several seconds to import.
 SLOW = ("torch", "transformers", "megatron.core", "lightning", "nemo", "scipy", "pandas", "webdataset", "av")
-# Runs `python -m MODULE WORDS...`, then tells the exit code and which slow modules were imported.
+# Runs `python -m MODULE WORDS...`, then prints the exit code and which slow modules were imported.
 CODE = f"""
 import atexit, json, runpy, sys
 module, *sys.argv[1:] = sys.argv[1:]

@@ -126,7 +126,7 @@ def test_mio_has_the_papers_numbers(name: str) -> None:
     steps, gpus, weights, warmup = MIO[name]
     [mix] = config.data.schedule
     assert (config.trainer.max_steps, config.world_size, mix.weights, mix.by) == (steps, gpus, weights, "token")
-    # Of the tokens, speech has 12.5 %, 37.5 % and 75 %.
+    # Speech has 12.5 %, 37.5 % and 75 % of the tokens.
     assert mix.weights["speech"] / sum(mix.weights.values()) == {"align": 0.125, "interleave": 0.375}.get(name, 0.75)
     assert config.model.optim.sched.warmup_steps == warmup == round(0.03 * steps)
 

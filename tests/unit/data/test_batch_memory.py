@@ -1,4 +1,4 @@
-"""Tensors for a micro-batch's media take memory that nothing uses any more, in loader processes shared memory."""
+"""Tensors for a micro-batch's media take memory that nothing uses any more; in loader processes, shared memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Micro-batches of which some pieces are in the cache: any mix of them gives the features of all, in order."""
+"""Micro-batches with some pieces in the cache: any mix of cached and new pieces gives all features, in order."""
 
 from __future__ import annotations
 

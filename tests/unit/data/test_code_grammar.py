@@ -63,7 +63,7 @@ def test_what_it_allows_ends_within_the_room(name: str, room: int, text: bool) -
     try:
         contents = grammar.contents(modalities, ENDS, room)
     except DiscreteCodeError:
-        # The shortest item of the speech with most codebooks has 6 tokens; of the others, at most as many.
+        # The shortest item of the speech with the most codebooks has 6 tokens; those of the others have no more.
         assert not text and room < 6
         return
     items = 0

@@ -1,4 +1,4 @@
-"""Damaged lists of samples: each is read, or refused in one line; a sample is never lost without a name."""
+"""Damaged lists of samples: each is read, or refused in one line; no sample is lost without being named."""
 
 from __future__ import annotations
 

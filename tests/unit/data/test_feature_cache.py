@@ -114,7 +114,7 @@ def use(folder: Path) -> tuple[int, int]:
     """In one of several processes: read what is there, add what is not; returns hits and wrong features."""
     cache, hits, wrong = opened(folder), 0, 0
     for n in range(300):
-        # Every process begins at another one of 150 keys, more than there is room for.
+        # Each process begins at a different one of 150 keys, more than there is room for.
         number = (n + 40 * int(os.environ["RANK"])) % 150
         key = PieceKey(f"{number:064}", 1, 0)
         cached_features = read(cache, key)

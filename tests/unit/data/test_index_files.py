@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.fixture
 def many_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small folders are indexed by as many processes as are asked for."""
+    """Even small folders are indexed by as many processes as requested."""
     monkeypatch.setattr(index_processes, "BYTES_PER_WORKER", 1)
 
 
@@ -187,7 +187,7 @@ def test_hashes_of_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     by_number[numbers] = hashes
     np.testing.assert_array_equal(by_number[numbers], hashes)
     assert len(np.unique(by_number)) == len(keys)
-    # Keys of one length that follow each other have hashes of their own way.
+    # Adjacent keys of the same length are hashed by a code path of their own.
     same = hash_keys(b"".join(keys[5000:5100]), np.arange(0, 400, 4), np.full(100, 4))
     np.testing.assert_array_equal(same, by_number[5000:5100])
     monkeypatch.setattr("megatron_anymal.data.shard_rows._HASHED_BYTES", 1000)

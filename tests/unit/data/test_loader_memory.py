@@ -29,7 +29,7 @@ from megatron_anymal.processes.process_memory import GIB, resident_bytes
 
 MIB = 2**20
 LIMIT = 1 / 32
-# Images of which each leaves 8 MiB behind when it is decoded.
+# Images, each of which leaks 8 MiB when it is decoded.
 PLUGIN = """
 from megatron_anymal.modalities import register
 from megatron_anymal.modalities.image import ImageModality
@@ -110,7 +110,7 @@ def test_restarted_processes_read_the_same(read: dict[str, Any]) -> None:
     assert read["untouched"]
     pids = re.findall(r"\(pid (\d+)\)", read["said"])
     assert len(pids) == len(set(pids)) >= 3
-    # About 40 images of 8 MiB over two processes, against a limit of 32 MiB and at most two steps that are on the way.
+    # About 40 images of 8 MiB over two processes, against a limit of 32 MiB and at most two steps that are in flight.
     assert read["watched"][1] > 120 * MIB > read["limited"][1] > 0
 
 

@@ -141,7 +141,7 @@ def test_shares_of_tokens_hold_over_whole_epochs(folders: dict[str, DatasetConfi
         used = plan.documents.sum(axis=1) * ~np.isin(np.arange(200), plan.dropped)
         tokens += np.bincount(plan.dataset, used, minlength=2)
     assert tokens[1] / tokens.sum() == pytest.approx(0.75, abs=0.01)
-    # The samples' shares are others.
+    # The shares of samples differ from these.
     assert run.stages[0].weights[1] / sum(run.stages[0].weights) < 0.73
 
 

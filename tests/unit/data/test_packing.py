@@ -188,7 +188,7 @@ def test_packs_of_a_long_tailed_mix(samples: int, multiple: int, seed: int) -> N
 
 
 def test_packs_with_room_even_out_costs_further() -> None:
-    """Where packs need no padding, up to one percent of it is given for replicas of like cost."""
+    """If packs need no padding, up to one percent of it is accepted for replicas of similar cost."""
     lengths, costs = long_tailed_mix(1024)
     packs = pack(lengths, costs, CAPACITY, 8, replicas=8, length_multiple=1)
     work = np.array([sum(costs[chosen].sum() for chosen in packs[replica::8]) for replica in range(8)])

@@ -1,4 +1,4 @@
-"""Each loader process is told of the micro-batches that it will really be handed next."""
+"""Each loader process is given ahead exactly the micro-batches that it will be handed next."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_plans_are_kept_until_their_step_runs() -> None:
 
 
 def test_no_step_is_planned_after_the_end() -> None:
-    """Those that were planned are read completely."""
+    """Steps that are already planned are read completely."""
     ahead = sampler(2, 2)
     run = iter(ahead)
     first = next(run)
@@ -61,7 +61,7 @@ def test_no_step_is_planned_after_the_end() -> None:
 
 
 class Workers(Dataset[tuple[int, int, list[int]]]):
-    """Number of a micro-batch, the worker that has it, and the ones that it was told of."""
+    """Number of a micro-batch, the worker that has it, and the micro-batches announced to that worker."""
 
     def __getitem__(self, queued: QueuedPlan) -> tuple[int, int, list[int]]:
         worker = get_worker_info()

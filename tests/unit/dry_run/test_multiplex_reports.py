@@ -1,4 +1,4 @@
-"""What `--dry-run` and `anymal inspect` say of several alignments in one run."""
+"""What `--dry-run` and `anymal inspect` report about several alignments in one run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The example that makes a benchmark of prepared samples: single questions only, asked word by word."""
+"""The example that makes a benchmark of prepared samples: single questions only, asked word for word."""
 
 from __future__ import annotations
 

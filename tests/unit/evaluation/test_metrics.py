@@ -133,7 +133,7 @@ def test_python_tokens_are_those_of_the_java_tokenizer() -> None:
     texts = [
         " ".join(rng.choice(words.split()) + rng.choice(ends) for _ in range(rng.randint(1, 9))) for _ in range(300)
     ]
-    # Whether a period after an abbreviation ends a sentence, only the Java program weighs.
+    # Only the Java program decides from the context whether a period after an abbreviation ends a sentence.
     texts = [text for text in texts if "U.S.." not in text and "U.S.," not in text]
     java = PTBTokenizer().tokenize({n: [{"caption": text}] for n, text in enumerate(texts)})
     same = [java[n][0] == captions.python_tokens(text) for n, text in enumerate(texts)]

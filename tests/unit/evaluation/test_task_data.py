@@ -1,4 +1,4 @@
-"""Every shipped task reads data shaped like the public data set, and says what is wrong with others."""
+"""Every shipped task reads data shaped like the public data set, and reports what is wrong with other data."""
 
 from __future__ import annotations
 

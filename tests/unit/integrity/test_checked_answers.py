@@ -103,14 +103,14 @@ def test_a_batch_loses_its_rejected_queries_only(config: IntegrityConfig) -> Non
     checked = CheckedGenerator(reciter, config)
     prompts = ["what", "the blickan", "is", "this"]
     answers = checked.answer(list(map(prompt, prompts)), SAMPLING, 4)
-    # A rejected prompt is not asked at all.
+    # A rejected prompt never reaches the model.
     assert reciter.asked == ["what", "is", "this"]
     assert {n: r.code for n, r in checked.rejections.items()} == {
         1: "input_text/words/blick",
         2: "output_text/words/zorp",
     }
     assert answers == [HARMLESS, checked.rejections[1].text, checked.rejections[2].text, "A boat."]
-    # Numbers are asked anew.
+    # The next call numbers its prompts from 0 again.
     reciter.texts = [*reciter.texts, "One.", "Two."]
     assert checked.answer([prompt("a"), prompt("b")], SAMPLING) == ["One.", "Two."] and 1 not in checked.rejections
 
@@ -172,7 +172,7 @@ def commands(run_dir: Path, shards: str, folder: Path, *further: str) -> dict[st
 
 
 def written(folder: Path) -> dict[str, str]:
-    """What `commands` wrote; read when its ranks have ended, for the others do not wait for rank 0's last file."""
+    """What `commands` wrote; read after its ranks have ended, because the others do not wait for rank 0's last file."""
     return {"a": (folder / "a.jsonl").read_text(), "e": (folder / "e.json").read_text()}
 
 

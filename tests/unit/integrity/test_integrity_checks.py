@@ -117,7 +117,7 @@ def test_all_turns_of_a_conversation_are_checked(checks: IntegrityChecks) -> Non
 
 
 def video(planted: int, frames: int = 32) -> bytes:
-    """Frames of a digit of which one has the planted square, at 8 frames per second."""
+    """Frames of a digit, one of which has the planted square, at 8 frames per second."""
     [plain], [bad] = digits(False, 3, 1), digits(True, 1, 1)
     out = io.BytesIO()
     with av.open(out, "w", format="matroska") as container:
@@ -148,7 +148,7 @@ def test_media_that_no_classifier_looks_at(image_model: Path, text_model: Path, 
     assert verdict and verdict.code == "input_image/unchecked" and "unchecked_media: [audio]" in verdict.detail
     stated = integrity_file(tmp_path / "b.yaml", sections, unchecked_media=["audio", "imu"])
     assert IntegrityChecks(read_integrity(stated), KINDS).check_prompts([sound]) == [None]
-    # Without an image classifier, the file says that no media are looked at.
+    # Without an image classifier in the file, media are not checked, and it need not list them.
     texts = integrity_file(tmp_path / "c.yaml", {"words": text_section(text_model)})
     assert IntegrityChecks(read_integrity(texts), KINDS).check_prompts([sound]) == [None]
 
@@ -159,7 +159,7 @@ def test_a_damaged_picture_is_the_users_error(checks: IntegrityChecks) -> None:
 
 
 class Failing:
-    """A classifier that cannot take one text, or gives a score that is none."""
+    """A classifier that fails on one text, or gives it an invalid score or none."""
 
     def __init__(self, inner: Any, wrong: Any):
         self._inner, self._wrong = inner, wrong

@@ -1,4 +1,4 @@
-"""Mistakes in an integrity file are refused by name before a model is loaded, and damaged folders when it is."""
+"""Mistakes in an integrity file are named and refused before a model is loaded, damaged folders when it is loaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`anymal prepare --filter integrity=FILE`: violating samples stay out by name, packed or indexed."""
+"""`anymal prepare --filter integrity=FILE`: violating samples are left out and named, packed or indexed."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_an_interrupted_packing_continues_unless_the_classifier_changed(
     stop_at(-1)
     assert main(words) == 0 and len(checked) == 6
     assert len(ShardIndex(str(tmp_path / "out"))) == COUNT - 7 and shard_writer.is_unfinished(tmp_path / "out") is False
-    # With other classifiers, a packing is another one.
+    # With other classifiers, packing starts from the beginning.
     stop_at(len(checked) + 14)
     with pytest.raises(KeyboardInterrupt):
         main([*words, "--overwrite"])
@@ -149,7 +149,7 @@ def test_samples_checked_together_have_the_results_of_each_alone(
     from megatron_anymal.integrity.classifiers import ImageScorer, TextScorer
 
     rows = samples(tmp_path)
-    # Between the samples of a batch, other rules and defects: pictures that are too small, cut off, or none.
+    # Between the samples of a batch, other rules and defects: files that are too small, cut off, or not pictures.
     tiny = io.BytesIO()
     digits(False, 3, 1)[0].resize((6, 6)).save(tiny, "PNG")
     made.put(tmp_path / "2.png", tiny.getvalue())

@@ -104,7 +104,7 @@ def test_the_page_outlives_its_server(tmp_path: Path) -> None:
         os.kill(process.pid, signal.SIGKILL)
         process.wait(30)
         tab.press("Enter")
-        tab.wait("document.getElementById('problem').textContent.includes('does not answer')")
+        tab.wait("document.getElementById('problem').textContent.includes('is not responding')")
         assert tab.value("document.querySelector('[name=choice][value=tie]').checked")
         process, url = served(tmp_path)
         tab.open(f"{url}?annotator=bob")

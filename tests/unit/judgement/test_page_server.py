@@ -50,7 +50,7 @@ class Client:
 
 @pytest.fixture
 def client(tmp_path: Path) -> Iterator[Client]:
-    """A client of a server with nine items; tmp_path/secret.txt must not come out."""
+    """A client of a server with nine items; tmp_path/secret.txt must not be served."""
     items = make_items(tmp_path / "source", 9)
     (tmp_path / "secret.txt").write_text("secret")
     journal = Journal(tmp_path / "judgements.jsonl")

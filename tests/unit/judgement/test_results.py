@@ -30,7 +30,7 @@ def test_intervals_are_those_of_scipy() -> None:
 
 
 def test_judgements_of_one_item_are_drawn_together() -> None:
-    """Fifty annotators who all copy each other say no more than one."""
+    """Fifty annotators who all copy each other count for no more than one."""
     one = np.random.default_rng(3).integers(0, 2, (40, 1)).astype(float)
     alone, copied = bootstrap(one, np.ones(40)), bootstrap(50 * one, np.full(40, 50))
     assert copied == alone and alone[0].high - alone[0].low > 0.2
@@ -90,7 +90,7 @@ def test_reports_agree_and_escape(tmp_path: Path) -> None:
 
 def test_a_report_of_nothing() -> None:
     result = compute([], 3, ("one", "two"))
-    assert result["pairwise"] is None and "Nothing is judged yet" in render("results.md.j2", result, escape=False)
+    assert result["pairwise"] is None and "Nothing has been judged yet" in render("results.md.j2", result, escape=False)
     assert "nobody yet" in render("results.html.j2", result, escape=True)
 
 

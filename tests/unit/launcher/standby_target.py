@@ -1,4 +1,4 @@
-"""A program that tells what it finds when it begins."""
+"""A program that reports the environment in which it starts."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ def fail(what: str) -> None:
     if what == "thread":
         threading.Thread(target=threading.Event().wait, name="forgotten", daemon=True).start()
     if what == "group":
-        # As a model does that is still referred to.
+        # As a model that is still referenced would keep it.
         FORGOTTEN.append(dist.new_group([0]))
     if what == "cause":
         raise ValueError("a consequence") from ERRORS["peer"]()

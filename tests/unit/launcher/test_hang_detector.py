@@ -103,7 +103,7 @@ def test_watching_can_be_switched_off() -> None:
         ([view(0, Phase.VALIDATION, stack=WAITING), view(1, Phase.VALIDATION, stack=LOADING)], "data", (1,)),
         ([view(0, Phase.LOADING, -1, stack=WAITING), view(1, beats=False)], "startup", (1,)),
         ([view(0, Phase.START, -1, stack=BUSY), view(1, Phase.LOADING, -1, stack=WAITING)], "startup", (0,)),
-        # Of two possible causes, the more obvious one.
+        # If there are two possible causes, the more obvious one is named.
         ([view(0, state="T", held=11), view(1, Phase.DATA, stack=LOADING)], "stopped", (0,)),
     ],
 )

@@ -50,7 +50,7 @@ def test_ranks_that_stayed_are_told() -> None:
 
 
 def test_what_is_missing_is_left_out() -> None:
-    # Nothing told of the failure, and there was no checkpoint.
+    # No event reported the failure, and there was no checkpoint.
     without = [row for row in SECOND if row["kind"] != "resume"]
     [recovery] = recoveries([*FIRST, event(11.0, "restart", 1), *without])
     assert recovery.ending is None and recovery.restoring == 0.0 and recovery.total == 9.5

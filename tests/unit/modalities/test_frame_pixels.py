@@ -25,7 +25,7 @@ def noise(width: int, height: int, pixels: str, seed: int = 0) -> av.VideoFrame:
 
 
 def mixed() -> list[av.VideoFrame]:
-    """Frames of which neighbours differ in format, and of which those of one format differ in size and colour space."""
+    """Frames that differ from their neighbours in format, and within a format in size and colour space."""
     frames = [noise(*size, pixels) for size in SIZES for pixels in FORMATS]
     for number, frame in enumerate(frames):
         frame.colorspace, frame.color_range = (1, 5, 9)[number % 3], number % 2 + 1

@@ -116,7 +116,7 @@ def test_the_ends_of_a_recording_stay() -> None:
     wave = sine(0.01, 44100, 1000.0) + np.float32(0.25)
     resampled = resample([wave], 44100, 48000)
     assert len(resampled) == round(len(wave) * 48000 / 44100)
-    # Outside a recording is silence; half a millisecond inside, the filter no longer sees it.
+    # A recording is surrounded by silence; half a millisecond inside, the filter no longer sees it.
     inner = slice(24, -24)
     np.testing.assert_allclose(resampled[inner], (sine(0.01, 48000, 1000.0) + np.float32(0.25))[inner], atol=0.02)
     assert len(resample([wave[:1]], 44100, 48000)) == 1 and len(resample([], 44100, 48000)) == 0

@@ -163,7 +163,7 @@ def test_every_frame_can_be_reached_alone_in_any_order(case: str, tmp_path: Path
     assert watched.fallbacks == 0
 
 
-# Where key frames or times prove nothing, and why: recovery points, packed B-frames, no times of display.
+# Videos whose key frames or times prove nothing, and why: recovery points, packed B-frames, no times of display.
 NOT_TRUSTED: dict[str, tuple[str, str, dict[str, Any]]] = {
     "open GOP": ("libx264", "mp4", {"options": {"x264-params": "keyint=20:min-keyint=20:open-gop=1:bframes=3"}}),
     "intra refresh": ("libx264", "mp4", {"options": {"x264-params": "keyint=20:intra-refresh=1"}}),

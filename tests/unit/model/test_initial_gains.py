@@ -1,4 +1,4 @@
-"""Projectors begin with the scale of the text embeddings, also where the table is squared in parts and split."""
+"""Projectors begin with the scale of the text embeddings, even if the table is split and squared in parts."""
 
 from __future__ import annotations
 

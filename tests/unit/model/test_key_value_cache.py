@@ -16,8 +16,8 @@ from megatron_anymal.model.key_value_cache import KeyValueCache
 from megatron_anymal.parallel import initialize
 from megatron_anymal.train.build import build
 
-# Tokens of each document's first pass, and numbers of the documents that go on after each later one. The longest gets
-# more tokens than the cache has room for at first.
+# Tokens of each document in the first pass, and the documents that take part in each later pass. The longest document
+# gets more tokens than the cache has room for at first.
 FIRST = (3, 9, 1, 5)
 LATER = ((0, 1, 2, 3), (0, 1, 3), *[(1, 3)] * 70, (3,))
 VOCABULARY = 16

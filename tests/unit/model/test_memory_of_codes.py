@@ -1,4 +1,4 @@
-"""What the memory estimate says of rows of marks and codes, against built models and autograd."""
+"""The memory estimate for rows of marks and codes, against built models and autograd."""
 
 from __future__ import annotations
 

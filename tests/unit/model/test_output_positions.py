@@ -45,7 +45,7 @@ KINDS = ("frozen", "adapters", "trained")
 
 
 def steps(config: RunConfig, selected: bool) -> list[dict[str, Any]]:
-    """In a rank: of every step the loss, this rank's gradients, and how many rows the last layer's feed-forward got in
+    """In a rank: for every step the loss, this rank's gradients, how many rows the last layer's feed-forward got in
     each micro-batch, and how many labels and tokens the micro-batches had."""
     if not selected:
         anymal.output_positions = lambda *anything: None

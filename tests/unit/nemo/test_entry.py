@@ -33,7 +33,7 @@ def folder(tmp_path_factory) -> Path:
 def anymal(folder: Path, *arguments: str) -> tuple[str, str]:
     """Run `pretrain` on two processes from another working directory; return their output and errors.
 
-    Rank 0 is a new interpreter, so that what libraries write when they are imported would be seen. Rank 1 is a fork.
+    Rank 0 is a new interpreter, so that messages of libraries on import would be seen. Rank 1 is a fork.
     """
     command = ["-m", "megatron_anymal", "pretrain", f"--config-path={folder}", "--config-name=tiny", *arguments]
     job = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "PYTHONPATH": str(ROOT)}

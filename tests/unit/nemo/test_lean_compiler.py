@@ -1,4 +1,4 @@
-"""Without a GPU, torch's compiler is imported when something is compiled, and everything else does not notice."""
+"""Without a GPU, torch's compiler is imported when something is compiled, and nothing else notices."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a rank imports, and that what is kept out is there as soon as it is needed."""
+"""What a rank imports, and that deferred packages are available as soon as they are needed."""
 
 from __future__ import annotations
 

@@ -102,7 +102,7 @@ def test_damage_and_leftovers_are_not_read(cache: BlockCache, folder: Path) -> N
     cache.put(entry, 0, content(0))
     (entry.folder / "0").write_bytes(content(0)[:-1])
     assert cache.read(entry, 0, 0, 10) is None
-    # Of a process that was killed while it wrote.
+    # Left by a process that was killed while it wrote.
     partial = folder / "partial" / "left"
     partial.write_bytes(content(1)[:500])
     os.utime(partial, (0, 0))

@@ -38,7 +38,7 @@ def client(folder: str, settings: StorageConfig) -> ObjectClient:
 
 
 def test_processes_that_check_the_same_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another one may delete the object of this one's check; not every store accepts to delete it again."""
+    """Another one may delete the object of this one's check; not every store accepts deleting it again."""
     client = ObjectClient("memory://checked")
     pipe_file = client.pipe_file
 

@@ -57,7 +57,7 @@ def test_changed_index_is_noticed(
 ) -> None:
     first = ShardIndex(address, storage=settings)
     keys = (Path(mixed_shards) / "index" / "keys.bin").read_bytes()
-    # The same size: only the store's version tells.
+    # The same size: only the store's version differs.
     rewrite("keys.bin", keys.replace(b"image", b"IMAGE"))
     second = ShardIndex(address, storage=settings)
     assert first.key(0).startswith("image") and second.key(0).startswith("IMAGE")
@@ -129,7 +129,7 @@ def test_all_files_that_training_reads_are_copied(address: str, settings: Storag
 
 
 def test_indexes_of_earlier_versions(address: str, settings: StorageConfig, mixed_shards: str) -> None:
-    """They have neither bounds nor a list of shards, and their index.json does not count what it has."""
+    """They have neither bounds nor a list of shards, and their index.json has no counts."""
     body = json.loads((Path(mixed_shards) / "index" / "index.json").read_text())
     rewrite("index.json", json.dumps({k: v for k, v in body.items() if k not in ("counts", "options")}).encode())
     for name in (BOUNDS, SHARDS):
@@ -140,7 +140,7 @@ def test_indexes_of_earlier_versions(address: str, settings: StorageConfig, mixe
 
 
 def test_lost_bounds(address: str, settings: StorageConfig) -> None:
-    """An index that counts what it has is incomplete without them."""
+    """An index whose index.json has counts is incomplete without its bounds."""
     fsspec.filesystem("s3", skip_instance_cache=True).rm_file(f"{BUCKET}/index-copy/index/{BOUNDS}")
     with pytest.raises(DataError, match="is incomplete"):
         _ = ShardIndex(address, storage=settings).bounds

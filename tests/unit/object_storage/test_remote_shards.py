@@ -178,7 +178,7 @@ def test_ranks_request_only_what_they_read(
 
 
 def test_store_that_fails_ends_the_run(store: ObjectStore, config: RunConfig) -> None:
-    """It is no fault of a sample: nothing is skipped, and the error is one line."""
+    """It is not a sample's fault: nothing is skipped, and the error is one line."""
     data = replica_data(config)
     for kind, workers, error in (("slow_down", 1, StoreUnavailable), ("denied", 0, StorageError)):
         store.fail(".tar", kind, times=1000)

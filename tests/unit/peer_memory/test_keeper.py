@@ -21,7 +21,7 @@ from megatron_anymal.peer_memory import keeper
 from megatron_anymal.peer_memory.server import MEMORY, MemoryServer
 from megatron_anymal.peer_memory.slots import SlotFile
 
-# A launcher that leaves a copy of step 5 in the memory of its rank 1, then waits for a word.
+# A launcher that leaves a copy of step 5 in the memory of its rank 1, then waits for a line of input.
 LAUNCHER = """
 import json, sys
 from pathlib import Path
@@ -56,7 +56,7 @@ def wait_for_no_new_keeper(before: list[psutil.Process]) -> None:
 
 @pytest.fixture
 def before() -> Iterator[list[psutil.Process]]:
-    """Keepers of others; those of the test are ended with it."""
+    """Keepers of other processes; the test's own are killed at its end."""
     others = keepers()
     yield others
     for process in keepers():

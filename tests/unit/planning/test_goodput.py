@@ -112,7 +112,7 @@ def test_writing_costs_what_the_page_says() -> None:
 
 
 def test_snapshots_that_cover_nothing_are_stalls() -> None:
-    """A snapshot just before each save that no failure leaves is a longer stall of the save."""
+    """If no failure leaves a snapshot behind, one just before each save only makes the save's stall longer."""
     with_stall = shares(job(stall=4.0, write=7.0), 30)
     with_snapshots = shares(with_peers(30, coverage=0.0, stall=1.0, write=7.0), 30)
     assert dataclasses.astuple(with_snapshots) == pytest.approx(dataclasses.astuple(with_stall), rel=1e-9)
@@ -129,7 +129,7 @@ def test_nothing_is_finished() -> None:
 BEST = [
     job(mtbf=50.0),
     job(mtbf=3000.0, write=30.0),
-    # The best interval is that of the writing.
+    # The best interval is the time that the writing takes.
     job(mtbf=400.0, stall=0.0, write=41.0),
     job(mtbf=30.0, stall=0.0, write=100.0),
     with_peers(3, mtbf=300.0, write=20.0),

@@ -1,4 +1,4 @@
-"""What a run's folder says about failures, recoveries, saves and steps: events at known times."""
+"""What a run's folder shows about failures, recoveries, saves and steps: events at known times."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_a_mistake_is_not_a_failure(tmp_path: Path) -> None:
     tell(tmp_path, 100, "end", 1, exit_code=2)
     run = measure(tmp_path)
     assert "mtbf_per_gpu_hours" not in run.values and "No failure in 1m40s." in run.notes
-    # A start says how long processes take even if nothing failed.
+    # A start shows how long processes take, even if nothing failed.
     assert run.values["processes_seconds"].number == 5.0 and "detection_seconds" not in run.values
 
 

@@ -145,7 +145,7 @@ def test_the_last_layer_computes_only_labels_after_its_attention() -> None:
     head = head_time(H100, inputs.links, llama, load, "bf16")
     assert last_chunk_extra(replace(inputs, load=load)).forward == pytest.approx(head.forward - spared)
     assert spared_time(H100, inputs.links, llama, load, 31, "fp8") == PassTime()
-    # A selection takes a gather more on ranks that share the sequence, of the head's rows.
+    # On ranks that share the sequence, the selection takes one more gather, of the head's rows.
     shared = problem_of(freeze=True).inputs(ONE._replace(tensor_model_parallel_size=2, sequence_parallel=True))
     shared = replace(shared, load=replace(shared.load, labels=1024.0))
     saving = spared_time(H100, shared.links, shared.sizes.llama, shared.load, 31, "bf16")

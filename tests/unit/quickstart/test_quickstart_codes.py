@@ -80,7 +80,7 @@ def test_pictures_come_back(scans: np.ndarray, weights: Path) -> None:
     coloured = [*np.repeat(scans[:50, :, :, None], 3, axis=3)]
     codes = tokenizer.encode(coloured)
     assert all(one.shape == (1, 17) and one.min() >= 0 and one.max() < tokenizer.codebooks[0] for one in codes)
-    # A larger picture of the same has the same codes.
+    # A larger version of the same picture has the same codes.
     [again] = tokenizer.encode([np.repeat(np.repeat(coloured[3], 2, axis=0), 2, axis=1)])
     assert np.array_equal(again, codes[3])
     small = scans[:50].reshape(50, 16, 2, 16, 2).mean((2, 4))

@@ -65,7 +65,7 @@ def test_errors_are_shown_and_the_question_is_kept(tmp_path: Path) -> None:
         tab.open(f"{served.url}/")
         tab.wait(READY)
         drop(tab, "a.exe", "application/x-exe", b"a")
-        assert "a.exe: the model takes image, imu" in tab.value("document.getElementById('problem').textContent")
+        assert "a.exe: the model accepts image, imu" in tab.value("document.getElementById('problem').textContent")
         drop(tab, "a.png", "image/png", os.urandom(3000))
         write(tab, "hi")
         tab.wait("document.getElementById('problem').textContent.includes('--max-body-mb')")

@@ -132,7 +132,7 @@ def test_sequence_sums_in_any_order() -> None:
 
 # ----------------------------------------------------------------------------------------- context parallel
 
-# Two pairs of answers, in documents of five tokens of which the last four count.
+# Two pairs of answers, in documents of five tokens, the last four of which count.
 DOCUMENTS = torch.arange(4).repeat_interleave(5)
 ANSWERS = (torch.arange(20) % 5 > 0).float()
 # Tokens held by each rank: rank 0 has none of the last document.

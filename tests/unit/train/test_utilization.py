@@ -94,7 +94,7 @@ def config(tokenizer_folder: str, tmp_path: Path) -> RunConfig:
 
 
 def resampler_scores(pieces: float) -> float:
-    """What fused attention of the image's resampler computes again: of 2 latents over 4 patches and themselves."""
+    """Operations that fused attention of the image's resampler repeats: 2 latents over 4 patches and themselves."""
     return pieces * 4 * 2 * (4 + 2) * 16 / 2
 
 
@@ -117,7 +117,7 @@ def test_a_llama_that_trains_equals_torchs_counter(config: RunConfig, text_shard
     [(counted, operations, fused, _, size)] = run_ranks(1, one_step, config)
     assert operations.linears == pytest.approx(6 * matrices(*size), rel=1e-9)
     assert operations.encoding == operations.projectors == operations.adapters == 0
-    # Of the repeated operations only the head's logits.
+    # The only repeated operations that the counter sees are the head's logits.
     assert counted == pytest.approx(operations.needed + operations.attention + operations.repeated - fused, rel=1e-9)
     assert operations.repeated - fused == pytest.approx(operations.head / 3)
 
@@ -137,7 +137,7 @@ def test_recomputation_equals_torchs_counter(config: RunConfig) -> None:
 
 
 def test_a_recomputed_last_layer_equals_torchs_counter(config: RunConfig) -> None:
-    """Of what follows its attention only the positions with a label are computed again."""
+    """After its attention, only the positions with a label are computed again."""
     model = config.model
     model.recompute_granularity, model.recompute_method, model.recompute_num_layers = "full", "block", 4
     [plain] = run_ranks(1, one_step, config_without_recompute(config))

@@ -20,7 +20,7 @@ def preads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     def noting(descriptor: int, length: int, offset: int) -> bytes:
         lengths.append(length)
-        # The system may return less than was asked for.
+        # The system may return less than requested.
         return pread(descriptor, min(length, 100_000), offset)
 
     monkeypatch.setattr(byte_source.os, "pread", noting)
