@@ -115,7 +115,10 @@ def test_a_run_says_where_it_stands_at_its_end(run_of: Path, capsys: pytest.Capt
     _, prediction = predict(config_of_run(run_of / "run"), H100)
     [line] = [line for line in report.splitlines() if line.startswith("operations: ")]
     rates = [float(word) for word in re.findall(r"([\d.e-]+) (?:TFLOP/s|\(MFU)", line)]
-    assert rates[0] * prediction.step.seconds == pytest.approx(rates[1] * median, rel=0.2)
+    assert rates[1] == pytest.approx(statistics.median(row["tflops_per_gpu"] for row in rows[1:]), rel=0.01)
+    # Row by row: on a busy machine the steps of a run differ in time, but not in operations.
+    operations = statistics.median(row["tflops_per_gpu"] * row["step_seconds"] for row in rows[1:])
+    assert rates[0] * prediction.step.seconds == pytest.approx(operations, rel=0.2)
     assert "MFU relative to a peak of 66.9 TFLOP/s per GPU (fp32, trainer.gpu=h100-80gb)" in done.stdout
     assert all(row["mfu"] == row["tflops_per_gpu"] / 66.9 for row in rows)
 
