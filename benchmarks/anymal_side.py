@@ -33,23 +33,39 @@ PIECE = (6, 50)
 
 
 @dataclass(frozen=True)
-class StepSizes:
-    """Shapes and repetitions; every field is an argument of the command."""
+class LlamaDimensions:
+    """Shape of the Llama without its vocabulary."""
 
     hidden: int = 512
+    """Hidden size of the Llama."""
     layers: int = 8
+    """Layers of the Llama."""
     heads: int = 8
+    """Attention heads of the Llama."""
     key_value_heads: int = 4
+    """Key/value heads of the Llama."""
     ffn: int = 1408
+    """Feed-forward size of the Llama."""
+
+
+@dataclass(frozen=True)
+class StepSizes(LlamaDimensions):
+    """Shapes and repetitions; every field is an argument of the command."""
+
     vocabulary: int = 8192
-    # Documents of a step, all of one length, in `packs` packs (micro-batches).
+    """Size of the vocabulary."""
     documents: int = 8
+    """Documents per step, all of one length."""
     document_tokens: int = 128
+    """Tokens of a document."""
     packs: int = 2
-    # Number of different batches, used in turn.
+    """Packs (micro-batches) per step."""
     batches: int = 4
+    """Different batches, used in turn."""
     warm_up: int = 2
+    """Rounds before the timed ones."""
     rounds: int = 20
+    """Timed rounds, at least 2."""
 
     @property
     def tokens(self) -> int:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from anymal_side import PIECE, write_tokenizer
+from anymal_side import PIECE, LlamaDimensions, write_tokenizer
 from sample_texts import SAMPLES
 
 from megatron_anymal.config import (
@@ -36,22 +36,19 @@ FULL_PACK = {"pretrain": 9, "sft": 6}
 
 
 @dataclass(frozen=True)
-class MixedSizes:
+class MixedSizes(LlamaDimensions):
     """Sizes of the Llama and of a step; every field is an argument of the command."""
 
-    hidden: int = 512
-    layers: int = 8
-    heads: int = 8
-    key_value_heads: int = 4
-    ffn: int = 1408
     vocabulary: int = 32_000
-    # Longest document and longest pack, in tokens.
+    """Size of the vocabulary."""
     seq_length: int = 2048
-    # Samples of a step; 0: about as many as fill a pack of 2,048 tokens.
+    """Longest document and longest pack, in tokens."""
     documents: int = 0
+    """Samples per step; 0: about as many as fill a pack of 2,048 tokens."""
     soft_tokens: int = 64
-    # Texts are this many times shorter than realistic ones.
+    """Soft tokens of a media item."""
     text_divisor: int = 1
+    """Texts are this many times shorter than realistic ones."""
 
 
 def make_case(folder: Path, job: str, sizes: MixedSizes, steps: int) -> RunConfig:

@@ -42,14 +42,19 @@ class HeadSizes:
     """Shapes and repetitions; every field is an argument of the command."""
 
     hidden: int = 512
+    """Hidden size of the Llama."""
     vocabulary: int = 32_768
+    """Size of the vocabulary."""
     tokens: int = 2048
-    # One position in `label_every` has a label: soft tokens, prompts and padding have none.
+    """Positions, with and without a label."""
     label_every: int = 4
-    # Number of logits per chunk in the chunked variant.
+    """One position in this many has a label: soft tokens, prompts and padding have none."""
     chunk: int = 1 << 22
+    """Logits per chunk of the chunked variant."""
     warm_up: int = 1
+    """Rounds before the timed ones."""
     rounds: int = 7
+    """Timed rounds, at least 2."""
 
 
 class Head:

@@ -11,7 +11,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -24,41 +24,19 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
+from megatron_anymal.config.field_docs import field_docs
 from megatron_anymal.model.quantized_weights import stored_tensors
-
-# Help texts of the sizes and repetitions that are arguments of a command.
-_HELP = {
-    "hidden": "hidden size of the Llama",
-    "layers": "layers of the Llama",
-    "heads": "attention heads of the Llama",
-    "key_value_heads": "key/value heads of the Llama",
-    "ffn": "feed-forward size of the Llama",
-    "vocabulary": "size of the vocabulary",
-    "seq_length": "longest document and longest pack, in tokens",
-    "documents": "documents per step; in step_vs_transformers.py, 0: about as many as fill a pack of 2,048 tokens",
-    "document_tokens": "tokens of a document",
-    "packs": "packs (micro-batches) per step",
-    "soft_tokens": "soft tokens of a media item",
-    "text_divisor": "texts are this many times shorter than realistic ones",
-    "tokens": "positions, with and without a label",
-    "label_every": "one position in this many has a label",
-    "chunk": "logits per chunk of the chunked variant",
-    "pairs": "preference pairs per step",
-    "prompt_tokens": "tokens of a prompt, soft tokens included",
-    "answer_tokens": "tokens of each answer, its end token included",
-    "batches": "different batches, used in turn",
-    "checked_steps": "steps whose losses are compared",
-    "samples": "samples per step of the quickstart's cases; 0: the quickstart's number",
-    "warm_up": "rounds before the timed ones",
-    "rounds": "timed rounds, at least 2",
-}
 
 
 def add_arguments(parser: argparse.ArgumentParser, *settings: type) -> None:
-    """Add an argument for every field of dataclasses of sizes or repetitions."""
-    for field in (field for one in settings for field in fields(one)):
-        option, text = f"--{field.name.replace('_', '-')}", f"{_HELP[field.name]} (default: {field.default})"
-        parser.add_argument(option, type=int, default=field.default, help=text)
+    """Add an argument for every field of dataclasses of sizes or repetitions; its help text is the documentation below
+    the field."""
+    for one in settings:
+        bases = filter(is_dataclass, reversed(one.__mro__))
+        docs = {name: text for base in bases for name, text in field_docs(base).items()}
+        for field in fields(one):
+            option, text = f"--{field.name.replace('_', '-')}", f"{docs[field.name]} Default: {field.default}."
+            parser.add_argument(option, type=int, default=field.default, help=text)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from anymal_side import PIECE, SPECIAL, Batches, Ours, write_tokenizer
+from anymal_side import PIECE, SPECIAL, Batches, LlamaDimensions, Ours, write_tokenizer
 from anymal_side import StepSizes as ModelSizes
 from anymal_side import make_config as model_config
 from measuring import add_arguments, ratio, surroundings, take_turns
@@ -47,22 +47,21 @@ _AROUND = 1 + 3 + 1 + 3
 
 
 @dataclass(frozen=True)
-class PairSizes:
+class PairSizes(LlamaDimensions):
     """Sizes of the benchmark; the Llama has head size hidden / heads."""
 
-    hidden: int = 512
-    layers: int = 8
-    heads: int = 8
-    key_value_heads: int = 4
-    ffn: int = 1408
     vocabulary: int = 8192
-    # Pairs of a step.
+    """Size of the vocabulary."""
     pairs: int = 8
-    # Tokens of a prompt, soft tokens included, and of each answer, its end token included.
+    """Preference pairs per step."""
     prompt_tokens: int = 256
+    """Tokens of a prompt, soft tokens included."""
     answer_tokens: int = 64
+    """Tokens of each answer, its end token included."""
     warm_up: int = 2
+    """Rounds before the timed ones."""
     rounds: int = 12
+    """Timed rounds, at least 2."""
 
     @property
     def by_count(self) -> float:

@@ -61,14 +61,16 @@ LAYOUTS = {
 class Repetitions:
     """Repetitions; every field is an argument of the command."""
 
-    # Different batches, used in turn.
     batches: int = 4
-    # Steps whose losses are compared.
+    """Different batches, used in turn."""
     checked_steps: int = 5
+    """Steps whose losses are compared."""
     warm_up: int = 2
+    """Rounds before the timed ones."""
     rounds: int = 20
-    # Samples per step of the quickstart's cases; 0: the quickstart's number.
+    """Timed rounds, at least 2."""
     samples: int = 0
+    """Samples per step of the quickstart's cases; 0: the quickstart's number."""
 
 
 @dataclass(frozen=True)
