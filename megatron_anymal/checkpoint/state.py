@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
-from torch import nn
+from torch import Tensor, nn
 
 from megatron_anymal.checkpoint import safe_loading, store
 from megatron_anymal.checkpoint.discrete_rows import check_discrete_rows, load_first_rows, saved_vocabulary
@@ -148,12 +148,17 @@ def read_language_model(weights: Iterable[Weight], folder: Path) -> None:
         key, layer = checkpoint_position(weight.name)
         if key not in reader.tensors:
             raise CheckpointError(f"{str(folder)!r} lacks the Llama weight {key!r}.")
-        # Drop the rows that padded the vocabulary for the layout that saved it.
-        whole = reader.read(key, layer)[: weight.shape[0]]
         try:
-            weight.set(whole)
+            weight.set_from(partial(_read_rows, reader, key, layer, weight.shape[0]))
+        except CheckpointError:
+            raise
         except ValueError as error:
             raise CheckpointError(f"{str(folder)!r} holds a different Llama: {error}") from None
+
+
+def _read_rows(reader: StreamReader, key: str, layer: Optional[int], rows: int) -> Tensor:
+    """Read the first rows [R, ...] of a weight, without those that pad the vocabulary for the layout that saved it."""
+    return reader.read(key, layer)[:rows]
 
 
 def _is_saved(carried: Collection[str], llama: bool, name: str, trains: bool) -> bool:

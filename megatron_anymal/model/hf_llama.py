@@ -7,6 +7,7 @@ the gate and up projections. A checkpoint stacks the layers and names the norms 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Optional
 
 import torch
@@ -58,7 +59,7 @@ def load_hf_llama(folder: str, hf: LlamaConfig, weights: Iterable[Weight]) -> No
         account(hf, files)
         for weight in weights:
             if weight.name.startswith("language_model."):
-                weight.set(from_hf(weight.name, hf, files.__getitem__))
+                weight.set_from(partial(from_hf, weight.name, hf, files.__getitem__))
     except TensorFileError as error:
         raise ConfigError(
             f"model.language_model.path: {error} (To use random weights, set model.language_model.load_weights=false.)"

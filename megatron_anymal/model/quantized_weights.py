@@ -7,6 +7,7 @@ format it is held in.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -58,20 +59,41 @@ def leave_out_quantization(model: ModelConfig) -> None:
         model.transformer_impl = "auto"
 
 
-def remember_source(parameter: Any, digest: Callable[[], str]) -> None:
-    """Record the hash of the weight that a quantized parameter's current values were quantized from.
+@dataclass(frozen=True)
+class _Source:
+    """The whole unquantized weight that a parameter's values were made from; see `remember_source`."""
+
+    read: Callable[[], Tensor]
+    digest: Callable[[], str]
+    # Of the quantized values.
+    checksum: int
+
+
+def remember_source(parameter: Any, read: Callable[[], Tensor], digest: Callable[[], str]) -> None:
+    """Record what a quantized parameter's current values were quantized from.
 
     Args:
-        digest: returns `unsharded_weights.hash_weight` of the whole unquantized weight; called once, if it is asked
-            for.
+        read: reads the whole unquantized weight, of any shape [...], in the parameter's dtype.
+        digest: returns `unsharded_weights.hash_weight` of it; called once, if it is asked for.
     """
-    parameter.source = cache(digest), _checksum(parameter)
+    parameter.source = _Source(read, cache(digest), _checksum(parameter))
 
 
-def source_of(parameter: Any) -> str:
+def source_hash(parameter: Any) -> str:
     """Return the hash recorded by `remember_source`, or a different string if the parameter has changed since."""
-    digest, checksum = parameter.source
-    return digest() if _checksum(parameter) == checksum else f"changed since {digest()}"
+    source: _Source = parameter.source
+    digest = source.digest()
+    return digest if _checksum(parameter) == source.checksum else f"changed since {digest}"
+
+
+def read_source(parameter: Any) -> Tensor:
+    """Read the whole unquantized weight, of any shape [...], that a quantized parameter was made from.
+
+    Raises:
+        ConfigError, CheckpointError, TensorFileError, OSError: it cannot be read any more.
+    """
+    source: _Source = parameter.source
+    return source.read()
 
 
 def _checksum(parameter: Any, chunk: int = 1 << 24) -> int:

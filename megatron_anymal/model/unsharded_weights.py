@@ -22,7 +22,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
-from megatron_anymal.model.quantized_weights import is_quantized, remember_source, source_of, unquantized
+from megatron_anymal.model.quantized_weights import is_quantized, read_source, remember_source, source_hash, unquantized
 from megatron_anymal.processes.child_processes import share_of_cores
 from megatron_anymal.safetensors_io import raw_bytes
 
@@ -85,26 +85,59 @@ class Weight:
         blocks = whole.chunk(self.blocks, dim=self.split_dim)
         return torch.cat([block.chunk(ranks, dim=self.split_dim)[rank] for block in blocks], dim=self.split_dim)
 
-    def set(self, whole: Tensor, again: Optional[Callable[[], Tensor]] = None) -> None:
-        """Set this rank's slice from the whole weight, [*shape].
-
-        Args:
-            again: returns `whole` once more. A quantized weight is then hashed only when its hash is asked for; without
-                it, at once.
+    def set(self, whole: Tensor) -> None:
+        """Set this rank's slice from the whole weight, [*shape]; not of a quantized weight, see `set_from`.
 
         Raises:
             ValueError: `whole` has another shape.
         """
+        assert not is_quantized(self.parameter)
         with torch.no_grad():
             self.parameter.copy_(self.local_part(whole))
+
+    def set_from(self, read: Callable[[], Tensor], *, hash_later: bool = False) -> None:
+        """Set this rank's slice, quantized or not, from a whole weight that can be read again.
+
+        Args:
+            read: returns the whole weight, [*shape]. It is called again where the unquantized values of a quantized
+                weight are needed.
+            hash_later: hash the values of a quantized weight when their hash is asked for, and not at once. For values
+                that are cheap to compute again and may be replaced.
+
+        Raises:
+            ValueError: the weight has another shape.
+        """
+        whole = read()
         if not is_quantized(self.parameter):
+            self.set(whole)
             return
-        dtype = self.parameter.dtype
-        if again is None:
-            digest = hash_weight(self.name, whole.to(dtype))
-            remember_source(self.parameter, lambda: digest)
+        with torch.no_grad():
+            self.parameter.copy_(self.local_part(whole))
+        name, dtype = self.name, self.parameter.dtype
+
+        def source() -> Tensor:
+            return read().to(dtype)
+
+        if hash_later:
+            remember_source(self.parameter, source, lambda: hash_weight(name, source()))
         else:
-            remember_source(self.parameter, lambda: hash_weight(self.name, again().to(dtype)))
+            digest = hash_weight(name, whole.to(dtype))
+            remember_source(self.parameter, source, lambda: digest)
+
+    def source(self) -> Tensor:
+        """Read the values, [*shape], that a quantized weight was made from; in the parameter's dtype, on any device.
+
+        Raises:
+            ConfigError, CheckpointError, TensorFileError, OSError: they cannot be read any more.
+            ValueError: they, or the quantized values, have changed since.
+        """
+        whole = read_source(self.parameter)
+        if hash_weight(self.name, whole) != source_hash(self.parameter):
+            raise ValueError(
+                f"The unquantized values of {self.name} have changed since they were read. Restore the files of the "
+                "Llama that the run started with."
+            )
+        return whole
 
     def gather(self, local: Optional[Tensor] = None) -> Tensor:
         """Gather the whole weight (or gradient, or any tensor of the parameter's shape) from the tensor-parallel ranks.
@@ -173,7 +206,7 @@ def set_initial_values(weights: Iterable[Weight], seed: int, default_std: float)
             continue
         std = getattr(weight.parameter, "init_std", default_std)
         draw = partial(initial_value, weight.name, weight.shape, seed, std, weight.parameter.device)
-        weight.set(draw(), again=draw)
+        weight.set_from(draw, hash_later=True)
 
 
 def initial_value(name: str, shape: tuple[int, ...], seed: int, std: float, device: torch.device = _CPU) -> Tensor:
@@ -189,18 +222,42 @@ def initial_value(name: str, shape: tuple[int, ...], seed: int, std: float, devi
     return torch.randn(shape, generator=generator, device=drawn_on) * std
 
 
-def gather_weights(models: Iterable[nn.Module], prefix: str = "") -> Optional[dict[str, Tensor]]:
-    """Gather all whole weights on rank 0 (None elsewhere), on the CPU, by name. Collective over all processes."""
-    mine = {}
+def gather_weights(
+    models: Iterable[nn.Module], prefix: str = "", *, from_sources: bool = False
+) -> Optional[dict[str, Tensor]]:
+    """Gather all whole weights on rank 0 (None elsewhere), on the CPU, by name. Collective over all processes.
+
+    Args:
+        from_sources: return the values that quantized weights were made from, in the run's precision, and not those
+            they have.
+
+    Returns:
+        Each weight [*shape].
+
+    Raises:
+        ConfigError, CheckpointError, TensorFileError, OSError, ValueError: see `Weight.source`; on rank 0, after the
+            exchange.
+    """
+    mine: dict[str, Tensor] = {}
+    failure: Optional[Exception] = None
     for weight in _selected(models, prefix):
-        whole = weight.gather()
-        if _speaks_for_replica():
-            mine[weight.name] = whole.cpu()
+        if not (from_sources and is_quantized(weight.parameter)):
+            whole = weight.gather()
+            if _speaks_for_replica():
+                mine[weight.name] = whole.cpu()
+        elif _speaks_for_replica() and failure is None:
+            try:
+                mine[weight.name] = weight.source().cpu()
+            except (ValueError, OSError) as error:
+                failure = error
     gathered: list[Any] = [None] * dist.get_world_size()
-    dist.gather_object(mine, gathered if dist.get_rank() == 0 else None, dst=0)
+    dist.gather_object((mine, failure), gathered if dist.get_rank() == 0 else None, dst=0)
     if dist.get_rank() != 0:
         return None
-    return {name: tensor for rank_weights in gathered for name, tensor in rank_weights.items()}
+    for _, failed in gathered:
+        if failed is not None:
+            raise failed
+    return {name: tensor for weights, _ in gathered for name, tensor in weights.items()}
 
 
 def load_weights(models: Iterable[nn.Module], tensors: Mapping[str, Tensor]) -> None:
@@ -212,7 +269,7 @@ def load_weights(models: Iterable[nn.Module], tensors: Mapping[str, Tensor]) -> 
     for weight in _selected(models, ""):
         if weight.name not in tensors:
             raise ValueError(f"The weights lack {weight.name}.")
-        weight.set(tensors[weight.name])
+        weight.set_from(partial(tensors.__getitem__, weight.name))
 
 
 def hash_weights(models: Iterable[nn.Module], prefix: str) -> str:
@@ -234,7 +291,7 @@ def hash_weights(models: Iterable[nn.Module], prefix: str) -> str:
         for weight, owner in zip(weights, _owners([math.prod(weight.shape) for weight in weights])):
             if is_quantized(weight.parameter):
                 if owner == me:
-                    digests[weight.name] = source_of(weight.parameter)
+                    digests[weight.name] = source_hash(weight.parameter)
             elif owner[0] == data_rank:
                 whole = weight.gather()
                 if owner == me:

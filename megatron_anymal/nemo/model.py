@@ -165,23 +165,26 @@ class MegatronAnyMALModel(ModelPT):
     def save_to(self, save_path: str | Path) -> None:
         """Write a self-contained `.nemo` archive with all weights, gathered over the ranks, including frozen ones.
 
-        Collective. Rank 0 needs memory for the whole model and writes the file. Returns on all ranks once the file is
-        written.
+        A base in NF4 or FP8 is written as it was before it was quantized, which reads it again from where the run read
+        it. Collective. Rank 0 needs memory for the whole model and writes the file. Returns on all ranks once the file
+        is written.
 
         Raises:
-            OSError: the file could not be written; raised on every rank.
+            OSError: the file could not be written, or the unquantized base cannot be read any more or has changed;
+                raised on every rank.
         """
         from megatron_anymal.model.unsharded_weights import gather_weights
 
-        tensors = gather_weights(self.state.models)
+        models = self.state.models
         failure: list[str] = [""]
-        if tensors is not None:
-            try:
+        try:
+            tensors = gather_weights(models, from_sources=True)
+            if tensors is not None:
                 config, folders = archive.portable(self.config, self._llama_keys())
                 text = OmegaConf.to_yaml(to_cfg(config))
                 archive.write(Path(save_path).expanduser().resolve(), text, folders, tensors)
-            except OSError as error:
-                failure = [f"{save_path} could not be written: {error}"]
+        except (OSError, ValueError) as error:
+            failure = [f"{save_path} could not be written: {error}"]
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.broadcast_object_list(failure, src=0)
         if failure[0]:

@@ -12,7 +12,8 @@ import pytest
 import torch
 from engine import losses, train
 from export_server import run_in_rank
-from nf4_base import NEEDS_BITSANDBYTES, make_llama, make_rounded_llama, rounded_to_nf4
+from nf4_base import NEEDS_BITSANDBYTES, SHAPE, make_llama, make_rounded_llama, rounded_to_nf4
+from parity.discrete import SECTIONS, codes_in_documents
 from ranks import run_ranks
 from safetensors.torch import load_file
 from tiny import make_config, make_conversations
@@ -62,6 +63,14 @@ def configs(mixed_shards: str, conversations: str, tokenizer_folder: str, tmp_pa
     return runs
 
 
+def train_on_codes(config: RunConfig) -> dict[str, Any]:
+    """In a rank: train on documents with marks and codes in place of some of their words."""
+    model = copy.deepcopy(config.model)
+    model.language_model.config = {"vocab_size": SHAPE["vocab_size"]}
+    with codes_in_documents(model):
+        return train(config)
+
+
 def trained(config: RunConfig, base: str, quantization: str, name: str, **layout: Any) -> dict[str, Any]:
     config = copy.deepcopy(config)
     config.exp_manager.explicit_log_dir += f"_{name.replace(' ', '_')}"
@@ -69,7 +78,7 @@ def trained(config: RunConfig, base: str, quantization: str, name: str, **layout
     for key, value in layout.items():
         setattr(config.model, key, value)
     config.trainer.devices = config.model.model_parallel_size
-    results = run_ranks(config.trainer.devices, train, config)[0]
+    results = run_ranks(config.trainer.devices, train_on_codes if config.model.discrete else train, config)[0]
     return {**results, "folder": config.exp_manager.explicit_log_dir}
 
 
@@ -89,6 +98,21 @@ def test_training_equals_that_on_a_plain_base_of_its_values(
         manifests = [store.read_manifest(store.resolve(run["folder"])) for run in (held, unrounded)]
         assert manifests[0].base_hash == manifests[1].base_hash
     assert np.abs(np.subtract(unrounded["losses"], plain["losses"])).max() > 1e-3
+
+
+def test_rows_of_marks_and_codes_train_as_on_a_plain_base_of_its_values(
+    configs: dict[str, RunConfig], base: str, rounded: str, text_shards: str
+) -> None:
+    config = configs["pretrain"]
+    config.model.modalities, config.model.discrete = {}, dict(SECTIONS)
+    config.data.train["mix"].path = text_shards
+    plain = trained(config, rounded, "", "plain")
+    for name, layout in LAYOUTS.items():
+        held = trained(config, base, "nf4", name, **layout)
+        np.testing.assert_allclose(held["losses"], plain["losses"], rtol=1e-5, err_msg=name)
+        for weight, value in plain["weights"].items():
+            np.testing.assert_allclose(held["weights"][weight], value, rtol=1e-4, atol=1e-5, err_msg=f"{name} {weight}")
+    assert len(set(plain["losses"])) == 3
 
 
 def test_a_resume_repeats_the_undisturbed_run(configs: dict[str, RunConfig], base: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,11 @@ def compare_hashes(config: RunConfig, tp: int) -> list[str]:
     held = {weight.name: weight.gather() for weight in list_weights(state.models[0])}
     rounded = [name for name, tensor in whole[0].items() if not torch.equal(held[name], tensor)]
     assert len(quantized) == len(rounded) == 16
+    sources = gather_weights(state.models, from_sources=True)
+    assert sources is None or all(torch.equal(sources[name], tensor) for name, tensor in whole[0].items())
     quantized[5].data[3, 1] += 0.5
+    with pytest.raises(ValueError, match="have changed") if torch.distributed.get_rank() == 0 else nullcontext():
+        gather_weights(state.models, from_sources=True)
     return [*hashes, hash_weights(state.models, "language_model.")]
 
 
