@@ -120,6 +120,6 @@ def tab(folder: Path) -> Iterator[Tab]:
         yield Tab(process, reads, writes)
     finally:
         process.kill()
-        process.wait(30)
+        process.wait(240)
         os.close(reads)
         os.close(writes)

@@ -95,7 +95,7 @@ class Served:
 
     def post(self, body: Any, **arguments: Any) -> httpx.Response:
         """Send a request for a completion."""
-        return httpx.post(f"{self.url}/v1/chat/completions", json=body, timeout=60, **arguments)
+        return httpx.post(f"{self.url}/v1/chat/completions", json=body, timeout=240, **arguments)
 
     def wait(self, condition: Any, seconds: float = 30) -> None:
         """Wait until a condition of the service holds."""
@@ -119,11 +119,11 @@ def serving(
     thread = threading.Thread(target=server.run, kwargs={"sockets": [opened]})
     thread.start()
     try:
-        assert ready.wait(60)
+        assert ready.wait(240)
         yield Served(service, server, f"http://127.0.0.1:{opened.getsockname()[1]}")
     finally:
         server.handle_exit(15, None)
-        thread.join(60)
+        thread.join(240)
         service.close()
     assert not thread.is_alive()
 

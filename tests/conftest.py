@@ -98,4 +98,4 @@ def _make_quickstart(folder: Path) -> None:
         done = fork_server.python("-m", "megatron_anymal", *tokenize(split), cwd=folder.parents[1])
         assert done.returncode == 0, done.stderr
     for name in ("quickstart_llama", "quickstart", "quickstart_video", "quickstart_any_to_any"):
-        run_ranks(2, train_as_configured, folder.parents[1], name, "trainer.max_steps=3", timeout=240)
+        run_ranks(2, train_as_configured, folder.parents[1], name, "trainer.max_steps=3")

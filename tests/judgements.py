@@ -60,7 +60,7 @@ def served(folder: Path, *arguments: str, words: Sequence[str] = SOURCES) -> tup
     """`anymal compare` in a process of its own, on folder/source; the process and the page's address."""
     log = folder / "compare.log"
     process = fork_server.Interpreter("-m", "megatron_anymal", *words, *arguments, output=[log], cwd=folder)
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 240
     while not (match := re.search(r"http://\S+", log.read_text())):
         assert process.poll() is None and time.monotonic() < deadline, log.read_text()
         time.sleep(0.05)

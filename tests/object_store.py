@@ -44,11 +44,11 @@ class ObjectStore:
         """
         faults = [{"object": object, "kind": kind, "times": times, **details}] if kind else []
         body = json.dumps(faults).encode()
-        urllib.request.urlopen(urllib.request.Request(f"{self.url}/control", data=body), timeout=10).read()
+        urllib.request.urlopen(urllib.request.Request(f"{self.url}/control", data=body), timeout=240).read()
 
     def log(self, object: str = "", method: str = "GET") -> list[str]:
         """Byte ranges of the requests for an object since the last call of `fail`."""
-        entries = json.loads(urllib.request.urlopen(f"{self.url}/control", timeout=10).read())
+        entries = json.loads(urllib.request.urlopen(f"{self.url}/control", timeout=240).read())
         return [e["range"] for e in entries if e["path"].endswith(object) and e["method"] == method]
 
     def upload(self, folder: str, name: str, bucket: str = BUCKET) -> str:

@@ -23,7 +23,7 @@ import torch
 from ports import free_port
 
 
-def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
+def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: float = 240.0) -> list[Any]:
     """Call `function(*args)` on `world` processes, which do not see changes that this one made to modules.
 
     Returns:

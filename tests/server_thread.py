@@ -20,5 +20,5 @@ def in_thread(server: Server) -> Iterator[Server]:
         yield server
     finally:
         server.shutdown()
-        thread.join(10)
+        thread.join(240)
         server.server_close()

@@ -60,7 +60,7 @@ def evaluate(run_dir: Path, root: Path, out: Path, *words: str, world: int = 1) 
     log = out.with_suffix(".log")
     ranks = fork_server.job(*command, world=world, log=log, cwd=out.parent)
     try:
-        codes = [rank.wait(200) for rank in ranks]
+        codes = [rank.wait(240) for rank in ranks]
     finally:
         for rank in ranks:
             rank.process.kill()
@@ -164,11 +164,11 @@ def test_a_killed_evaluation_continues(run_dir: Path, root: Path, alone: Path, t
     out = tmp_path / "out"
     words = ["-m", "megatron_anymal", "evaluate", "--checkpoint", run_dir, "--data-root", root, "--out", out, *SOME]
     process = fork_server.Interpreter(*words, "--batch-size", 1, output=(tmp_path / "log",), cwd=tmp_path)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while time.monotonic() < deadline and process.poll() is None and len(lines_of(out)) < 7:
         time.sleep(0.002)
     os.kill(process.pid, signal.SIGKILL)
-    process.wait(30)
+    process.wait(240)
     before = lines_of(out)
     assert 7 <= len(before) < 3 * COUNT, (tmp_path / "log").read_text()
     # Killed within a write.

@@ -20,7 +20,6 @@ from ranks import run_ranks
 
 from megatron_anymal.config import DatasetConfig, RunConfig
 
-pytestmark = pytest.mark.timeout(300)
 STEPS = 4
 LAYOUTS = (
     Layout(pipeline=2),

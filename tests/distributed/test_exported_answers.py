@@ -280,7 +280,7 @@ def test_talking_to_an_export(export: Path, tmp_path: Path) -> None:
     lines = ["/image a.png", "what is this", "/image none.png", "/audio a.png", "one", "two", "/quit"]
     words = ["-m", "megatron_anymal", "generate", f"--checkpoint={export}", "--interactive"]
     words += ["--max-new-tokens=6", "--temperature=1", "--seed=3", "--device=cpu"]
-    done = fork_server.python(*words, cwd=tmp_path, given="\n".join(lines) + "\n", timeout=120)
+    done = fork_server.python(*words, cwd=tmp_path, given="\n".join(lines) + "\n", timeout=240)
     assert done.returncode == 0, done.stderr
     shown = done.stdout.splitlines()
     assert len(shown) == 5 and shown[1] and shown[4]

@@ -204,7 +204,7 @@ def ours(imported: dict[str, tuple[Path, Path]], tmp_path_factory: pytest.TempPa
     checkpoints = {name: out for name, (_, out) in imported.items()}
     logits_by_layout: dict[Any, Any] = {}
     for world in (1, 2, 4):
-        ranks = run_ranks(world, answers, checkpoints, world, again if world == 4 else None, timeout=180)
+        ranks = run_ranks(world, answers, checkpoints, world, again if world == 4 else None)
         for rank in ranks:
             logits_by_layout |= rank
     return logits_by_layout, again

@@ -146,7 +146,7 @@ def kill_at(config: RunConfig, step: int) -> None:
     killed = copy.deepcopy(config)
     killed.resilience.faults = [f"kill:rank=0,step={step}"]
     processes, _ = start_ranks(config.world_size, train, (killed,))
-    processes[0].join(100)
+    processes[0].join(240)
     assert processes[0].exitcode == -signal.SIGKILL
     for process in processes[1:]:
         process.kill()

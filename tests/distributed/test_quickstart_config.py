@@ -31,7 +31,6 @@ def values(rows: Rows, name: str) -> list[float]:
     return [row[name] for row in rows]
 
 
-@pytest.mark.timeout(600)
 def test_tp2_pp2_equals_one_process(quickstart_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(quickstart_folder, tmp_path / "runs" / "quickstart")
     one = run(tmp_path, "quickstart", 1, "model.tensor_model_parallel_size=1")
@@ -61,7 +60,6 @@ def test_sft_and_dpo_equal_one_process(quickstart_folder: Path, tmp_path: Path) 
     assert values(one, "loss")[0] != values(one, "loss")[-1]
 
 
-@pytest.mark.timeout(600)
 def test_any_to_any_equals_one_process(quickstart_folder: Path, tmp_path: Path) -> None:
     """Two replicas of the whole Llama, whose vocabulary has grown by codes."""
     shutil.copytree(quickstart_folder, tmp_path / "runs" / "quickstart")

@@ -59,7 +59,7 @@ def kill_at(config: RunConfig, step: int) -> None:
     killed = copy.deepcopy(config)
     killed.resilience.faults = [f"kill:rank=0,step={step}"]
     [process], _ = start_ranks(1, train, (killed,))
-    process.join(100)
+    process.join(240)
     assert process.exitcode == -signal.SIGKILL
     assert len(losses(Path(config.exp_manager.explicit_log_dir))) == step - 1
 

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import pytest
 import source_folders as made
 from commands import PAGES, commands, run
 from engine import train
@@ -75,7 +74,6 @@ DATA: dict[str, tuple[Callable[[Path], object], str, tuple[int, int, int]]] = {
 }
 
 
-@pytest.mark.timeout(240)
 def test_the_page(tmp_path: Path) -> None:
     """The counts of every command, and then ten steps of a run on all that the commands prepared."""
     tokenizer = make_tokenizer(tmp_path / "checkpoints" / "Llama-3.2-1B")

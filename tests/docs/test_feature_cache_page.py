@@ -7,7 +7,6 @@ import re
 import shutil
 from pathlib import Path
 
-import pytest
 import yaml
 from commands import PAGES, ROOT, blocks, commands, run
 
@@ -17,7 +16,6 @@ from megatron_anymal.config.validation import check
 PAGE = PAGES["docs/guides/feature-cache.md"]
 
 
-@pytest.mark.timeout(600)
 def test_command_runs(quickstart_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(quickstart_folder, tmp_path / "runs" / "quickstart")
     [command] = commands(PAGE)

@@ -6,7 +6,6 @@ import json
 import shutil
 from pathlib import Path
 
-import pytest
 import yaml
 from commands import PAGES, blocks, commands, run
 from engine import train
@@ -19,7 +18,6 @@ from megatron_anymal.integrity.config import read_integrity
 PAGE = PAGES["docs/guides/integrity.md"]
 
 
-@pytest.mark.timeout(300)
 def test_commands_run_and_the_file_can_be_read(mixed_shards: str, tokenizer_folder: str, tmp_path: Path) -> None:
     config = make_config(mixed_shards, tokenizer_folder, tmp_path / "runs" / "mine")
     config.trainer.max_steps = config.exp_manager.checkpoint.every_n_train_steps = 1

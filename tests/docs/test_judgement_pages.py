@@ -41,7 +41,7 @@ def test_comparison_commands(tmp_path: Path) -> None:
     printed = run(report, tmp_path / "source")
     assert "2 judgement(s) of 2 of 3 items" in printed and "2 pair(s), 1 without (not judged)" in printed
     os.kill(process.pid, signal.SIGTERM)
-    assert process.wait(60) == 0
+    assert process.wait(240) == 0
     names = set(
         re.findall(r"`([\w.]+\.(?:jsonl?|md|html))`", COMPARISON.partition("## Results")[2].partition("- **")[0])
     )

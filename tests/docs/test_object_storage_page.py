@@ -22,7 +22,6 @@ from megatron_anymal.object_storage.sequential import _AHEAD
 PAGE = PAGES["docs/guides/object-storage.md"]
 
 
-@pytest.mark.timeout(120)
 def test_commands_run(tmp_path: Path, mixed_shards: str, monkeypatch: pytest.MonkeyPatch) -> None:
     make_tokenizer(tmp_path / "runs" / "quickstart" / "tokenizer")
     monkeypatch.setenv("TMPDIR", str(tmp_path))

@@ -81,7 +81,7 @@ def with_transformers(folder: Path) -> None:
     (folder / "cat.jpg").write_bytes(png(1))
     if "import AutoModelForCausalLM" not in code:
         code = f"from transformers import AutoModelForCausalLM, AutoProcessor\n{code}"
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
 
 

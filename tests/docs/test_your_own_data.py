@@ -8,7 +8,6 @@ import re
 import shlex
 from pathlib import Path
 
-import pytest
 from commands import PAGES, blocks, commands, run
 from PIL import Image, ImageDraw
 
@@ -46,7 +45,6 @@ def flaws(folder: Path) -> dict[str, str]:
     }
 
 
-@pytest.mark.timeout(600)
 def test_the_page(tmp_path: Path) -> None:
     photos(tmp_path / "photos")
     left_out = flaws(tmp_path / "photos" / "train")

@@ -79,7 +79,7 @@ def start_slow(source: Path, out: Path) -> Interpreter:
 
 def kill(process: Interpreter) -> None:
     os.kill(process.pid, signal.SIGKILL)
-    assert process.wait(60) == -signal.SIGKILL
+    assert process.wait(240) == -signal.SIGKILL
 
 
 def wait_for_records(staging: Path, count: int) -> None:

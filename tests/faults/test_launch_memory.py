@@ -41,7 +41,6 @@ def resumed_at(run: Path) -> list[int]:
     return [event["step"] for event in events]
 
 
-@pytest.mark.timeout(280)
 def test_faults_cost_the_step_in_progress(folder: Path) -> None:
     run, log = folder / "run", folder / "log"
     planned = faults("kill:rank=1,step=4,place=compute", "kill:rank=0,step=7,place=update", "exception:rank=0,step=10")
@@ -50,7 +49,6 @@ def test_faults_cost_the_step_in_progress(folder: Path) -> None:
     assert_same(run, whole(folder, 2))
 
 
-@pytest.mark.timeout(280)
 def test_a_launcher_that_is_killed_and_started_again_costs_no_checkpoint(folder: Path) -> None:
     run, log = folder / "killed", folder / "killed.log"
     slow = faults("slow:rank=0,seconds=0.3,every=1")

@@ -110,7 +110,7 @@ def test_stopped_on_request_and_started_again(folder: Path, whole: Path) -> None
     """Stop requests to a rank during start-up, to the launcher, which forwards it, and to another rank in a step."""
     run, log = folder / "asked", folder / "asked.log"
     process = launch(folder, run, PROCESSES, faults(SLOW), log=log)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while len(ranks := rank_processes(process.pid)) < PROCESSES:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)

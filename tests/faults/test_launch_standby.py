@@ -33,10 +33,9 @@ def standby_of(pid: int) -> int:
     return child.pid
 
 
-@pytest.mark.timeout(280)
 def test_killed_ranks_are_forked_again(folder: Path) -> None:
     whole, run, log = folder / "whole", folder / "run", folder / "log"
-    run_ranks(PROCESSES, train, compose("tiny", folder, options(whole, PROCESSES)).config, timeout=200)
+    run_ranks(PROCESSES, train, compose("tiny", folder, options(whole, PROCESSES)).config)
     planned = ("kill:rank=1,step=4,place=compute", "exception:rank=0,step=6")
     slow = "slow:rank=0,seconds=1.0,every=1"
     process = launch(folder, run, PROCESSES, faults(*planned, slow), log=log)

@@ -138,7 +138,7 @@ def test_a_beat_costs_next_to_nothing(tmp_path: Path) -> None:
 
 def test_an_orderly_end(tmp_path: Path) -> None:
     with rank(tmp_path, "kill:step=99") as (process, path):
-        assert process.wait(30) == 0
+        assert process.wait(240) == 0
         beat = heartbeat.read(path)
         assert beat is not None and beat.phase is Phase.END and beat.settled
         assert not list((tmp_path / "run" / "stacks").iterdir())

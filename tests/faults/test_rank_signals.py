@@ -154,7 +154,6 @@ def test_wishes_are_named_and_forgotten() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
 def test_the_command_ends_with_75_and_goes_on(
     config: RunConfig, whole: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -167,7 +166,7 @@ def test_the_command_ends_with_75_and_goes_on(
     try:
         wait_for(lambda: len(steps_of(tmp_path / "run")) >= 3 or process.poll() is not None)
         os.kill(process.pid, signal.SIGTERM)
-        assert process.wait(60) == Exit.REQUEUE, (tmp_path / "first.log").read_text()[-3000:]
+        assert process.wait(240) == Exit.REQUEUE, (tmp_path / "first.log").read_text()[-3000:]
     finally:
         kill(process)
     reached = max(steps_of(tmp_path / "run"))

@@ -32,7 +32,6 @@ def tuned(job: str, tokenizer: str, folder: Path) -> RunConfig:
     return config
 
 
-@pytest.mark.timeout(400)
 # DPO starts from the adapters of an SFT run.
 @pytest.mark.parametrize("job", [pytest.param("sft", marks=pytest.mark.slow), "dpo"])
 def test_killed_in_the_middle(job: str, tokenizer_folder: str, tmp_path: Path) -> None:
@@ -47,7 +46,7 @@ def test_killed_in_the_middle(job: str, tokenizer_folder: str, tmp_path: Path) -
     assert steps_of(whole) == list(range(1, STEPS + 1))
 
     [process] = start(tmp_path, run, job, 1, tmp_path / "killed.log")
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + 240
     while len(steps_of(run)) < EVERY + 2 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
     kill(process)

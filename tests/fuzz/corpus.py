@@ -137,5 +137,5 @@ def checkpoint(folder: Path, tokenizer: str, shards: str) -> Path:
     config = make_config(shards, tokenizer, folder / "run")
     config.trainer.max_steps = 1
     config.exp_manager.checkpoint.every_n_train_steps = 1
-    run_ranks(1, train, config, timeout=180)
+    run_ranks(1, train, config)
     return next((folder / "run" / "checkpoints").glob("step_*"))

@@ -89,7 +89,7 @@ class Suite:
             config = configured(self._config(layout), layout)
             config.exp_manager.explicit_log_dir, config.trainer.max_steps = str(folder), 2
             config.model.optim.lr = 1e-2
-            run_ranks(layout.processes, _train_quietly, config, timeout=240)
+            run_ranks(layout.processes, _train_quietly, config)
         return str(folder)
 
 

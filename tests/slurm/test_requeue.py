@@ -9,7 +9,7 @@ import pytest
 from loopback import Cluster
 
 ROOT = Path(__file__).parents[2]
-pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
 # "Saves" a checkpoint at each stop, and completes in its third start.
 PYTHON = """#!{python}

@@ -165,7 +165,6 @@ def assert_same(run: Path, whole: Path) -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-@pytest.mark.timeout(600)
 def test_from_start_to_end(cluster: Cluster, folder: Path) -> None:
     run = Run(cluster, folder, "a whole run", "trainer.max_steps=4", "model.tensor_model_parallel_size=2", processes=2)
     assert run.end(500) == 0, run.said()
@@ -194,7 +193,6 @@ def test_sft_and_dpo(cluster: Cluster, folder: Path, tokenizer_folder: str) -> N
         assert steps_of(run.run_dir) == [1, 2, 3] and "the run is complete" in run.summary
 
 
-@pytest.mark.timeout(600)
 def test_wrong_override(cluster: Cluster, folder: Path) -> None:
     run = Run(cluster, folder, "wrong", "trainer.max_step=4")
     assert run.end() == 2, run.said()
@@ -203,7 +201,6 @@ def test_wrong_override(cluster: Cluster, folder: Path) -> None:
     assert not run.run_dir.exists()
 
 
-@pytest.mark.timeout(600)
 def test_unwritable_folder_on_one_node(cluster: Cluster, folder: Path) -> None:
     run_dir = folder / "unwritable"
     # Root can write anywhere, so make the file that n2 has to write a folder.

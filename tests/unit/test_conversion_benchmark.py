@@ -14,7 +14,6 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(500)
 def test_it_measures_rates_and_memory(tmp_path: Path) -> None:
     out = tmp_path / "found.json"
     sizes = ["--gigabytes", "0.04", "--hidden", "256", "--processes", "2", "--rounds", "1"]

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 from ports import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -29,7 +28,6 @@ if initialize(config).reports:
 """
 
 
-@pytest.mark.timeout(200)
 def test_ranks_may_end_one_after_the_other(tmp_path: Path) -> None:
     (tmp_path / "rank.py").write_text(SCRIPT)
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
@@ -46,7 +44,7 @@ def test_ranks_may_end_one_after_the_other(tmp_path: Path) -> None:
         for rank in "01"
     ]
     try:
-        printed = [rank.communicate(timeout=180)[0] for rank in ranks]
+        printed = [rank.communicate(timeout=240)[0] for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()

@@ -22,7 +22,7 @@ def make(target: str, folder: Path, outcomes: str) -> tuple[int, list[str]]:
     python.chmod(0o755)
     (folder / ".installed").touch()
     os.utime(folder / ".installed", (2**32, 2**32))
-    done = subprocess.run(["make", target, f"VENV={folder}"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(["make", target, f"VENV={folder}"], cwd=ROOT, capture_output=True, text=True, timeout=240)
     return done.returncode, (folder / "calls").read_text().splitlines()
 
 
@@ -52,5 +52,5 @@ def test_both_parts_of_all_run_and_report(first: int, second: int, tmp_path: Pat
 def test_each_python_has_an_environment_of_its_own(python: str, folder: str) -> None:
     command = ["make", "--dry-run", "--always-make", "venv", f"PYTHON={python}"]
     environment = {name: value for name, value in os.environ.items() if name != "VENV"}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, env=environment)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, env=environment)
     assert f"{python} -m venv {folder}\n" in done.stdout

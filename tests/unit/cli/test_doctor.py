@@ -134,7 +134,7 @@ def test_half_of_transformer_engine_counts_as_none(site, hooks, code):
         capture_output=True,
         text=True,
         env=environment,
-        timeout=120,
+        timeout=240,
     )
     assert done.returncode == code
     if not code:

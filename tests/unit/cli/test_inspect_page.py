@@ -654,7 +654,7 @@ def in_browser(source: str, width: int, folder: Path, browser: str) -> dict[str,
     (folder / "frame.html").write_text(f"<!doctype html><meta charset=utf-8>{script}<body>{frame}", encoding="utf-8")
     command = [browser, "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}"]
     command += ["--host-resolver-rules=MAP * ~NOTFOUND", "--window-size=1400,1000", "--dump-dom"]
-    done = subprocess.run([*command, f"file://{folder / 'frame.html'}"], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*command, f"file://{folder / 'frame.html'}"], capture_output=True, text=True, timeout=240)
     [measured] = re.findall(r"<pre>(\{.*?\})</pre>", done.stdout) or [done.stderr]
     return json.loads(html.unescape(measured))
 

@@ -159,7 +159,7 @@ def test_it_answers_at_once_and_loads_no_heavy_library() -> None:
     )
     took = []
     for _ in range(3):
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
         assert done.returncode == 0 and done.stderr.startswith("[] "), done.stderr
         took.append(float(done.stderr.split()[-1]))
     # Processor seconds: 0.1 on a quiet machine, several times that on one whose cores are shared.

@@ -115,7 +115,7 @@ def python(*words: str) -> subprocess.CompletedProcess[str]:
     """A new interpreter: in the tests' own processes everything is imported already."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(
-        [sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
     )
 
 

@@ -204,7 +204,7 @@ def test_verbs(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_process_returns_the_code() -> None:
-    done = subprocess.run([sys.executable, "-m", "megatron_anymal", "pretrian"], capture_output=True, timeout=60)
+    done = subprocess.run([sys.executable, "-m", "megatron_anymal", "pretrian"], capture_output=True, timeout=240)
     assert done.returncode == 2
 
 
@@ -226,7 +226,7 @@ def test_looking_at_a_configuration_loads_no_heavy_library(folder: Path) -> None
         "print('HEAVY', [name for name in heavy if name in sys.modules]); sys.exit(code)"
     )
     argv = [*pretrain(folder), "--print-config"]
-    done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("HEAVY []\n") and done.stderr == ""
 

@@ -77,6 +77,6 @@ def test_another_process_adopts_it(folder: Path) -> None:
         "assert 'hydra' not in sys.modules\n"
     )
     words = [sys.executable, "-c", code, str(folder), *given]
-    done = subprocess.run(words, env=os.environ, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(words, env=os.environ, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{first}\n"

@@ -43,7 +43,6 @@ def media_of(data: DataSource, workers: int) -> list[MediaBatch]:
     return [batch.media["image"] for _, batches in plans for batch in batches]
 
 
-@pytest.mark.timeout(60)
 @pytest.mark.parametrize("workers", [0, 1])
 def test_any_mix_of_hits(data: DataSource, tmp_path: Path, workers: int) -> None:
     expected = [encoded(media.pieces) for media in media_of(data, 0)]

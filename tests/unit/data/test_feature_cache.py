@@ -17,8 +17,6 @@ from megatron_anymal.data.records import MediaPart
 from megatron_anymal.data.shard_index import MediaBytes
 from megatron_anymal.object_storage.cache_folder import cache_folder
 
-pytestmark = pytest.mark.timeout(120)
-
 SHAPE = (4, 8)
 KEY = PieceKey("a" * 64, 3, 1)
 
@@ -39,7 +37,8 @@ def read(cache: FeatureCache, key: PieceKey) -> torch.Tensor | None:
 
 
 def files(folder: Path) -> list[Path]:
-    return sorted(path for path in (folder / "blocks").rglob("*") if path.is_file())
+    # Unlike rglob, os.walk skips a folder that a writer has just renamed.
+    return sorted(Path(parent) / name for parent, _, names in os.walk(folder / "blocks") for name in names)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -126,7 +125,7 @@ def use(folder: Path) -> tuple[int, int]:
 
 
 def test_processes_share_a_cache(tmp_path: Path) -> None:
-    results = run_ranks(4, use, tmp_path, timeout=60)
+    results = run_ranks(4, use, tmp_path)
     assert all(wrong == 0 for _, wrong in results) and sum(hits for hits, _ in results) > 100
     assert sum(file.stat().st_size for file in files(tmp_path)) <= 100 * opened(tmp_path).entry_bytes
 
@@ -142,14 +141,14 @@ def write_forever(folder: Path) -> None:
 def test_a_killed_writer_leaves_nothing_broken(tmp_path: Path) -> None:
     for folder in (tmp_path / name for name in "abc"):
         processes, _ = start_ranks(2, write_forever, (folder,))
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 240
         while not (folder / "blocks").exists() or not files(folder):
             assert time.monotonic() < deadline
             time.sleep(0.01)
         time.sleep(0.2)
         for process in processes:
             os.kill(process.pid, signal.SIGKILL)
-            process.join(10)
+            process.join(240)
         cache = opened(folder)
         known = {number: read(cache, PieceKey(f"{number:064}", 1, 0)) for number in range(150)}
         cached_features = {number: one for number, one in known.items() if one is not None}

@@ -68,4 +68,4 @@ def read_beside_threads(config: RunConfig, folder: Path) -> bool:
 
 def test_workers_start_beside_threads(mixed_shards: str, tokenizer_folder: str, tmp_path: Path) -> None:
     config = make_config(mixed_shards, tokenizer_folder, tmp_path / "run")
-    assert run_ranks(1, read_beside_threads, config, tmp_path, timeout=200) == [True]
+    assert run_ranks(1, read_beside_threads, config, tmp_path) == [True]

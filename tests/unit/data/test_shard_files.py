@@ -91,7 +91,7 @@ def read_in_two_processes(folder: Path) -> None:
 
 def test_a_fork_reads_the_same_descriptors(folder: Path) -> None:
     process = fork_server.start(read_in_two_processes, folder)
-    process.join(60)
+    process.join(240)
     assert process.exitcode == 0
 
 

@@ -144,7 +144,7 @@ def test_a_killed_command_continues(tmp_path: Path, tokenizer_folder: str) -> No
         "write_shards(sys.argv[1], sys.argv[2], samples_per_shard=10)\n"
     )
     out = tmp_path / "out"
-    done = subprocess.run([sys.executable, "-c", code, str(manifest), str(out)], capture_output=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code, str(manifest), str(out)], capture_output=True, timeout=240)
     assert done.returncode == -signal.SIGKILL and len(list(out.glob("*.tar.part"))) == 5
     opened = []
     original = Path.read_bytes

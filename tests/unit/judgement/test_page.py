@@ -102,7 +102,7 @@ def test_the_page_outlives_its_server(tmp_path: Path) -> None:
         tab.wait("document.querySelectorAll(':checked').length === 7")
         tab.press("0")
         os.kill(process.pid, signal.SIGKILL)
-        process.wait(30)
+        process.wait(240)
         tab.press("Enter")
         tab.wait("document.getElementById('problem').textContent.includes('is not responding')")
         assert tab.value("document.querySelector('[name=choice][value=tie]').checked")
@@ -115,7 +115,7 @@ def test_the_page_outlives_its_server(tmp_path: Path) -> None:
         tab.press("Enter")
         tab.wait("document.getElementById('who').textContent === 'item 2, bob'")
     os.kill(process.pid, signal.SIGTERM)
-    assert process.wait(60) == 0
+    assert process.wait(240) == 0
     rows = read_journal(tmp_path / "out" / "judgements.jsonl")
     assert [(row["item"], row["choice"] == "tie") for row in rows] == [("q0", False), ("q0", True)]
 

@@ -34,7 +34,7 @@ class Client:
     def ask(
         self, path: str, body: bytes | None = None, headers: dict[str, str] | None = None, root: str | None = None
     ) -> tuple[int, bytes, dict[str, str]]:
-        connection = http.client.HTTPConnection(self.address, timeout=20)
+        connection = http.client.HTTPConnection(self.address, timeout=240)
         headers = headers if headers is not None else ({"Content-Type": "application/json"} if body else {})
         connection.request("POST" if body is not None else "GET", (root or self.root) + path, body, headers)
         reply = connection.getresponse()
@@ -59,7 +59,7 @@ def client(tmp_path: Path) -> Iterator[Client]:
     thread.start()
     yield Client(server.url)
     server.shutdown()
-    thread.join(10)
+    thread.join(240)
     server.server_close()
     journal.close()
 
@@ -209,8 +209,8 @@ def test_a_killed_server_loses_no_judgement(tmp_path: Path) -> None:
         time.sleep(0.005)
     os.kill(process.pid, signal.SIGKILL)
     for thread in threads:
-        thread.join(30)
-    process.wait(30)
+        thread.join(240)
+    process.wait(240)
     rows = read_journal(tmp_path / "out" / "judgements.jsonl")
     kept = [(row["annotator"], int(row["item"][1:])) for row in rows]
     assert len(kept) == len(set(kept)) and 40 <= len(answered) < 180
@@ -220,6 +220,6 @@ def test_a_killed_server_loses_no_judgement(tmp_path: Path) -> None:
     state = json.loads(Client(url).ask("state?annotator=ann")[1])
     assert state["judged"] == sorted(number for name, number in kept if name == "ann")
     os.kill(process.pid, signal.SIGTERM)
-    assert process.wait(60) == 0
+    assert process.wait(240) == 0
     assert json.loads((tmp_path / "out" / "results.json").read_text())["judgements"] == len(kept)
     assert (tmp_path / "pairs.jsonl").read_text().count("\n") > 10

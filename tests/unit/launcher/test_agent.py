@@ -22,15 +22,15 @@ def test_a_rank_that_has_ended(
     child = agent._Spawned(words, env={**os.environ, "RANK": "3"})
     if first:
         # The system no longer knows a process that was waited for.
-        assert child.wait(30) == code
+        assert child.wait(240) == code
         (tmp_path / f"exit_{child.pid}").unlink(missing_ok=True)
         agent._note_end(tmp_path, child.pid)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 240
     while agent.exit_code(tmp_path, child.pid) is None and time.monotonic() < deadline:
         time.sleep(0.01)
     assert agent.exit_code(tmp_path, child.pid) == code
     # The agent still gets the code.
-    assert child.wait(30) == code
+    assert child.wait(240) == code
     # A launcher that looks only now still finds the rank.
     assert agent.ranks_started(tmp_path) == {3: child.pid}
 
@@ -38,5 +38,5 @@ def test_a_rank_that_has_ended(
 def test_what_has_no_rank_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(agent._Spawned, "folder", tmp_path, raising=False)
     environment = {name: value for name, value in os.environ.items() if name != "RANK"}
-    assert agent._Spawned([sys.executable, "-S", "-c", ""], env=environment).wait(30) == 0
+    assert agent._Spawned([sys.executable, "-S", "-c", ""], env=environment).wait(240) == 0
     assert agent.ranks_started(tmp_path) == {} and not list(tmp_path.iterdir())

@@ -45,6 +45,6 @@ def test_a_lost_terminal_ends_nothing() -> None:
         [sys.executable, "-c", LOST],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stderr=subprocess.PIPE,
-        timeout=60,
+        timeout=240,
     )
     assert (done.returncode, done.stderr) == (0, b"")

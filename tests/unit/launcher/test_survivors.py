@@ -83,7 +83,7 @@ def test_a_rank_that_is_invited_takes_part_in_the_next_attempt(
     # Another rank's socket is not taken.
     assert socket_for({survival.ENVIRONMENT: str(standby.folder), "RANK": "4"}) is None
     again = begin(standby, waiting, tmp_path / "again", "7", NEW="a new variable")
-    assert again.pid == first.pid and again.wait(30) == 7
+    assert again.pid == first.pid and again.wait(240) == 7
     expected_output = f"again {first.pid} {RANK} ['7'] {os.getcwd()} a new variable\n"
     assert (tmp_path / "again" / "out").read_text() == expected_output
     assert (tmp_path / "again" / "err").read_text() == "left the job\n"
@@ -97,7 +97,7 @@ def test_a_rank_that_failed_for_another_reason_or_is_not_invited_ends(
 ) -> None:
     survivors.invite(attempt)
     process = begin(standby, standby.socket, tmp_path / "first", what)
-    assert process.wait(30) == 1 and (tmp_path / "first" / "out").read_text().endswith("ends\n")
+    assert process.wait(240) == 1 and (tmp_path / "first" / "out").read_text().endswith("ends\n")
     assert not survivors.waiting()
 
 
@@ -109,7 +109,7 @@ def test_a_rank_in_which_something_is_left_ends(
 ) -> None:
     survivors.invite(1)
     process = begin(standby, standby.socket, tmp_path / "first", what)
-    assert process.wait(30) == 1
+    assert process.wait(240) == 1
     assert (
         f"cannot stay for the next attempt, because something from this one is left: {left}"
         in (tmp_path / "first" / "err").read_text()
@@ -123,7 +123,7 @@ def test_a_rank_without_a_place_is_dismissed(standby: Standby, survivors: Surviv
     survivors.dismiss(but=[process.pid])
     assert survivors.waiting() == {RANK: process.pid}
     survivors.dismiss()
-    assert process.wait(30) == -9 and not survivors.waiting()
+    assert process.wait(240) == -9 and not survivors.waiting()
 
 
 @pytest.mark.parametrize(("settled", "invited"), [([True, True], True), ([True, False], False)])

@@ -41,10 +41,10 @@ def anymal(folder: Path, *arguments: str) -> tuple[str, str]:
     files = folder / "out", folder / "err"
     other = Interpreter(*command, output=files, cwd=folder, environment=second)
     done = subprocess.run(
-        [sys.executable, *command], cwd=folder, env=first, capture_output=True, text=True, timeout=200
+        [sys.executable, *command], cwd=folder, env=first, capture_output=True, text=True, timeout=240
     )
     out, err = (file.read_text() for file in files)
-    assert done.returncode == 0 and other.wait(60) == 0, done.stderr[-3000:] + err[-3000:]
+    assert done.returncode == 0 and other.wait(240) == 0, done.stderr[-3000:] + err[-3000:]
     return done.stdout + out, done.stderr + err
 
 

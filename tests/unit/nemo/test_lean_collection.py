@@ -35,7 +35,7 @@ print(json.dumps([during, frozen, gc.isenabled()]))
 def test_the_collector_does_not_run_while_torch_is_imported(hooked: bool) -> None:
     """Without the hooks it does, or this test would show nothing."""
     command = [sys.executable, "-c", CODE, "hooks" if hooked else "plain"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     during, frozen, enabled = json.loads(done.stdout)
     assert enabled
@@ -92,7 +92,7 @@ def test_a_file_that_a_plug_in_left_open_is_written_at_exit(tmp_path: Path) -> N
     )
     code = "from megatron_anymal import lean_imports; lean_imports.install(); import torch, plug_in"
     environment = {**os.environ, "PYTHONPATH": f"{Path(__file__).parents[3]}:{tmp_path}"}
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True, timeout=240)
     assert (tmp_path / "written").read_text() == "text"
 
 

@@ -18,8 +18,6 @@ from megatron_anymal.object_storage.client import REQUEST_BYTES, ObjectClient, f
 from megatron_anymal.object_storage.errors import FailureKind, ObjectMissing, StorageError, StoreUnavailable, examine
 from megatron_anymal.resilience.exit_codes import Exit, code_of, is_users
 
-pytestmark = pytest.mark.timeout(60)
-
 DATA = bytes(range(256)) * 100
 
 

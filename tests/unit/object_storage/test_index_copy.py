@@ -20,8 +20,6 @@ from megatron_anymal.data.shard_index import ShardIndex
 from megatron_anymal.object_storage import index_copy
 from megatron_anymal.object_storage.errors import StorageError, StoreUnavailable
 
-pytestmark = pytest.mark.timeout(60)
-
 ARRAYS = ("samples.npy", "media.npy", "keys.bin")
 
 

@@ -28,8 +28,6 @@ from megatron_anymal.object_storage.client import ObjectClient
 from megatron_anymal.object_storage.errors import StorageError, StoreUnavailable
 from megatron_anymal.object_storage.sequential import SequentialBytes
 
-pytestmark = pytest.mark.timeout(60)
-
 
 @pytest.fixture
 def address(store: ObjectStore, mixed_shards: str) -> str:

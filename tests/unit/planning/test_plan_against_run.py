@@ -94,11 +94,11 @@ def run_of(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: str) -> P
 
 def test_a_run_says_where_it_stands_at_its_end(run_of: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["-m", "megatron_anymal", "pretrain", f"--config-path={run_of}", "--config-name=tiny"]
-    dry = python(*words, "--dry-run", cwd=run_of, timeout=120)
+    dry = python(*words, "--dry-run", cwd=run_of, timeout=240)
     assert dry.returncode == 0, dry.stderr
     assert "Plan for 1 x H100 80GB SXM (trainer.gpu), from the index of" in dry.stdout
     assert "s per step" in dry.stdout and "fits in 76.4 GB" in dry.stdout
-    done = python(*words, cwd=run_of, timeout=120)
+    done = python(*words, cwd=run_of, timeout=240)
     assert done.returncode == 0, done.stderr
     start = done.stdout.index("Against the plan for 1 x H100 80GB SXM, TP1 PP1 CP1, recompute none")
     report = done.stdout[start:].strip()

@@ -51,7 +51,7 @@ def check_killed(words: list[str], workers: int) -> None:
         assert all(worker.is_running() for worker in left)
         parent.send_signal(signal.SIGKILL)
         parent.wait()
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 240
         for worker in left:
             with suppress(psutil.NoSuchProcess):
                 while worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE:

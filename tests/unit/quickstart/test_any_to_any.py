@@ -138,7 +138,6 @@ def test_a_video_goes_on(quickstart_folder: Path) -> None:
     assert right > 0.8 and reversed_ == 0 and wrong < 0.2
 
 
-@pytest.mark.timeout(300)
 def test_answers_are_judged_and_shown(quickstart_folder: Path, tmp_path: Path) -> None:
     """The stage's commands after its training, with a model that has learned next to nothing."""
     folder = tmp_path / "runs" / "quickstart"

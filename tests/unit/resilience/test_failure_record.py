@@ -43,7 +43,7 @@ CODE
 def test_threads_handlers_and_output(tmp_path: Path, code: str, torn_down: bool) -> None:
     words = [sys.executable, "-c", SCRIPT.replace("CODE", code)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=60)
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=240)
     assert done.returncode == 3 and done.stderr == ""
     assert ("torn down" in done.stdout) == torn_down
     lines = done.stdout.replace("torn down", "").split()

@@ -42,7 +42,7 @@ def test_a_whole_answer(served: Served) -> None:
 
 def test_a_stream_has_the_same_text_and_ends_like_openais(served: Served) -> None:
     body = ask(stream=True, stream_options={"include_usage": True})
-    with httpx.stream("POST", f"{served.url}/v1/chat/completions", json=body, timeout=60) as reply:
+    with httpx.stream("POST", f"{served.url}/v1/chat/completions", json=body, timeout=240) as reply:
         assert reply.headers["content-type"] == "text/event-stream; charset=utf-8"
         events = chunks(reply.iter_lines())
     assert events[-1] == "[DONE]" and text_of(events) == "one two three"
@@ -159,7 +159,7 @@ def test_a_field_that_cannot_be_used_is_named(name: str, served: Served) -> None
 def test_a_body_that_cannot_be_read(content: bytes, kind: str, status: int, words: str, served: Served) -> None:
     url, headers = f"{served.url}/v1/chat/completions", {"Content-Type": kind}
     for sent in (content, iter([content])):
-        reply = httpx.post(url, content=sent, headers=headers, timeout=60)
+        reply = httpx.post(url, content=sent, headers=headers, timeout=240)
         assert reply.status_code == status and words in reply.json()["error"]["message"], reply.text
     assert served.service.in_flight == 0
 

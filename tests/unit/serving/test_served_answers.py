@@ -70,7 +70,7 @@ def test_concurrent_clients_get_the_answers_of_each_request_alone(generator: Exp
 
     def client(number: int) -> str:
         content, stream = questions[number % 32][0], number < 32
-        barrier.wait(60)
+        barrier.wait(240)
         reply = served.post(ask(content, stream=stream, **settings[number % 32]))
         assert reply.status_code == 200, reply.text
         return text_of(chunks(reply.iter_lines())) if stream else reply.json()["choices"][0]["message"]["content"]

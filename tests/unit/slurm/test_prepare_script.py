@@ -74,7 +74,7 @@ class Script:
     def run(self, *arguments: str, **environment: str) -> tuple[int, str]:
         """The exit code and the output."""
         process = self.start(*arguments, **environment)
-        output, _ = process.communicate(timeout=30)
+        output, _ = process.communicate(timeout=240)
         return process.returncode, output
 
     def calls(self, program: str) -> list[list[str]]:
@@ -165,11 +165,11 @@ def test_a_task_that_fails_ends_with_its_code(script: Script, code: str) -> None
 def stopped(script: Script, **environment: str) -> tuple[int, str]:
     """A task that gets the signal before its time limit."""
     process = script.start("64", "--index-only=f", **TASK, STUB_SECONDS="20", **environment)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 240
     while not script.calls("python") and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGUSR1)
-    output, _ = process.communicate(timeout=30)
+    output, _ = process.communicate(timeout=240)
     return process.returncode, output
 
 

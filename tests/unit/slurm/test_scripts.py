@@ -66,7 +66,7 @@ if part == "preflight":
     print("n1 ok")
 if part == "launch" and code:
     print(os.environ.get("STUB_SAYS", ""), flush=True)
-deadline = time.monotonic() + 20
+deadline = time.monotonic() + 240
 while os.environ.get("STUB_WAITS") == part and not caught and time.monotonic() < deadline:
     time.sleep(0.01)
     if (stubs / "go").exists():
@@ -124,20 +124,20 @@ class Job:
     def run(self, verb: str = "pretrain", *arguments: str, **environment: str) -> tuple[int, str]:
         """Run to the end; return the exit code and the output."""
         process = self.start(verb, *arguments, **environment)
-        output, _ = process.communicate(timeout=30)
+        output, _ = process.communicate(timeout=240)
         return process.returncode, output
 
     def signalled(self, part: str, number: signal.Signals, **environment: str) -> tuple[int, str]:
         """Like `run`, but send a signal to the script while it waits for `part`."""
         process = self.start(STUB_WAITS=part, **environment)
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 240
         while not (self.folder / f"begun_{part}").exists() and time.monotonic() < deadline:
             time.sleep(0.01)
         process.send_signal(number)
         if part != "launch":
             time.sleep(0.2)
             (self.folder / "go").touch()
-        output, _ = process.communicate(timeout=30)
+        output, _ = process.communicate(timeout=240)
         return process.returncode, output
 
     def calls(self, part: str) -> list[list[str]]:

@@ -17,8 +17,6 @@ from tiny import make_config, make_conversations, make_shards
 
 from megatron_anymal.config import ConfigError, RunConfig
 
-pytestmark = pytest.mark.timeout(300)
-
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: str) -> str:
