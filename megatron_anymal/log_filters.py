@@ -45,6 +45,8 @@ _RECORDS = (
     ("transformers.configuration_utils", r"You are using a model of type `anymal` to instantiate a model of type ``"),
     # Where torch is kept out (lean_imports.hide_torch).
     ("transformers", r"PyTorch was not found"),
+    # It looks at import for a kernel of a fused product, which this trainer does not call.
+    ("bitsandbytes.backends.cpu.ops", r"Failed to load CPU gemm_4bit_forward"),
     # Every loader process connects to an object store; only what is missing matters.
     ("botocore.credentials", r"Found credentials "),
     ("aiobotocore.credentials", r"Found credentials "),
