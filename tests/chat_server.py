@@ -28,7 +28,8 @@ class ChatServer(ThreadingHTTPServer):
     Attributes:
         script: key -> what happens to its first requests: `text:...` (an answer with this text), `raw:...` (a body),
             a status, optionally with a Retry-After (`429:0.1`), `cut` (the connection ends within the body), `reset`
-            (before the reply), `stall` (silence for three seconds), `drip` (a byte now and then), `long` (cut off).
+            (before the reply), `stall` (silence until the client gives up), `drip` (a byte now and then, as long),
+            `long` (cut off).
         asked: requests by key.
         complete: complete valid replies by key.
         bodies: the requests.
@@ -62,7 +63,7 @@ class ChatServer(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     server: ChatServer
     protocol_version = "HTTP/1.1"
-    timeout = 20
+    timeout = 240
 
     def log_message(self, format: str, *arguments: Any) -> None:
         pass
@@ -98,13 +99,13 @@ class _Handler(BaseHTTPRequestHandler):
         elif kind == "raw":
             self.reply(200, rest.encode())
         elif kind == "stall":
-            time.sleep(3)
+            self.rfile.read(1)
             self.reset()
         elif kind == "drip":
             self.send_response(200)
             self.send_header("Content-Length", "1000")
             self.end_headers()
-            for _ in range(30):
+            for _ in range(900):
                 self.wfile.write(b" ")
                 self.wfile.flush()
                 time.sleep(0.1)

@@ -89,7 +89,7 @@ def test_a_slow_client_loses_its_place_and_delays_nobody(kernel: bool, monkeypat
         assert time.monotonic() - begun < 40
         served.wait(lambda service: service.in_flight == 0 and service.engine.running == 0)
         # The connection is given up: what is left in buffers, which are small, ends without the end of the reply.
-        slow.settimeout(30)
+        slow.settimeout(240)
         received = b""
         try:
             while data := slow.recv(2**16):
@@ -114,7 +114,7 @@ def test_a_body_that_does_not_arrive_is_refused(sent: bytes) -> None:
     with serving(Scripted(), ServingLimits(client_timeout=0.3)) as served:
         with open_request(served, 100) as client:
             client.sendall(sent)
-            client.settimeout(20)
+            client.settimeout(240)
             assert b" 408 " in client.recv(200)
         served.wait(lambda service: service.in_flight == 0)
 
@@ -122,19 +122,19 @@ def test_a_body_that_does_not_arrive_is_refused(sent: bytes) -> None:
 def test_a_body_above_the_limit_is_refused_before_it_is_sent() -> None:
     with serving(Scripted()) as served:
         with open_request(served, 10**9) as client:
-            client.settimeout(20)
+            client.settimeout(240)
             assert b" 413 " in client.recv(200)
         served.wait(lambda service: service.in_flight == 0)
 
 
 def test_a_body_that_keeps_arriving_may_take_longer_than_the_timeout() -> None:
     data = json.dumps(ask(user="a" * 600_000)).encode()
-    with serving(Scripted(), ServingLimits(client_timeout=0.5)) as served, open_request(served, len(data)) as client:
+    with serving(Scripted(), ServingLimits(client_timeout=2.0)) as served, open_request(served, len(data)) as client:
         for start in range(0, len(data), 100_000):
             client.sendall(data[start : start + 100_000])
             # Faster than 64 KiB per second.
-            time.sleep(0.2)
-        client.settimeout(20)
+            time.sleep(0.5)
+        client.settimeout(240)
         assert b" 200 " in client.recv(200)
 
 

@@ -47,7 +47,7 @@ def make_manifest(folder: Path, count: int) -> Path:
 def words(folder: Path, server: ChatServer | str, *more: str) -> list[str]:
     url = server if isinstance(server, str) else server.url
     fixed = [f"--manifest={folder / 'captions.jsonl'}", f"--server={url}", "--model=tiny", "--task=conversation"]
-    return [*fixed, f"--out={folder / 'out.jsonl'}", "--timeout=1", *more]
+    return [*fixed, f"--out={folder / 'out.jsonl'}", "--timeout=240", *more]
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
@@ -93,7 +93,7 @@ def test_failures_that_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
              ['raw:{"choices": []}'], ["raw:" + "[" * 100_000], [f"503:{date}"], ["408", "cut", "429:0"]]  # fmt: skip
     script = {f"sample-{n}": step for n, step in enumerate(steps)}
     with serving(script=script) as server:
-        assert main(words(tmp_path, server, "--concurrency=12", "--timeout=2")) == 0
+        assert main(words(tmp_path, server, "--concurrency=12", "--timeout=6")) == 0
         assert server.asked == {key: len(step) + 1 for key, step in script.items()}
         assert server.complete == Counter(script.keys())
     repeated = Counter(clients[0].repeated)
@@ -106,7 +106,7 @@ def test_failures_that_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     # As long as the server asks for, as a number or a date.
     assert server.times["sample-0"][1] - server.times["sample-0"][0] >= 1 and server.times["sample-10"][1] >= until
     # The limit on time, since a moment before the request: a busy server may note that late.
-    assert min(server.times[key][1] for key in ("sample-4", "sample-5")) - begun >= 2
+    assert min(server.times[key][1] for key in ("sample-4", "sample-5")) - begun >= 6
     assert len(rows(tmp_path / "out.jsonl")) == 12 and dropped(tmp_path) == {}
 
 
