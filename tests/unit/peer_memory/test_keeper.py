@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -38,31 +38,34 @@ if sys.stdin.readline():
 """
 
 
-def keepers() -> list[psutil.Process]:
-    processes = []
-    for process in psutil.process_iter(["cmdline"]):
-        with suppress(psutil.Error):
-            if keeper.__name__ in (process.info["cmdline"] or []) and process.status() != psutil.STATUS_ZOMBIE:
-                processes.append(process)
-    return processes
-
-
-def wait_for_no_new_keeper(before: list[psutil.Process]) -> None:
-    # Less than the minute that the keeper of a killed launcher stays.
-    deadline = time.monotonic() + 40
-    while [process for process in keepers() if process not in before]:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+Keepers = Callable[[], list[psutil.Process]]
 
 
 @pytest.fixture
-def before() -> Iterator[list[psutil.Process]]:
-    """Keepers of other processes; the test's own are killed at its end."""
-    others = keepers()
-    yield others
-    for process in keepers():
-        if process not in others:
-            process.kill()
+def keepers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Keepers]:
+    """Lists the keepers that this test has started, and kills those it leaves; other tests run at the same time."""
+    monkeypatch.setenv("KEEPERS_OF_TEST", str(tmp_path))
+
+    def started() -> list[psutil.Process]:
+        processes = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                ours = process.environ().get("KEEPERS_OF_TEST") == str(tmp_path)
+                if ours and keeper.__name__ in process.cmdline():
+                    processes.append(process)
+        return processes
+
+    yield started
+    for process in started():
+        process.kill()
+
+
+def wait_for_no_keeper(keepers: Keepers) -> None:
+    # Less than the minute that the keeper of a killed launcher stays.
+    deadline = time.monotonic() + 40
+    while keepers():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def launcher(run: Path) -> subprocess.Popen[str]:
@@ -86,7 +89,7 @@ def steps(server: MemoryServer) -> list[dict[int, int]]:
     return [{copy.rank: copy.step for copy in SlotFile(path).copies().values()} for path in files]
 
 
-def test_the_next_launcher_has_the_copies(tmp_path: Path, before: list[psutil.Process]) -> None:
+def test_the_next_launcher_has_the_copies(tmp_path: Path, keepers: Keepers) -> None:
     run = tmp_path / "run"
     kill_tree(launcher(run))
     second = MemoryServer(2, kept_for=run)
@@ -95,13 +98,13 @@ def test_the_next_launcher_has_the_copies(tmp_path: Path, before: list[psutil.Pr
     assert bytes(file.data(0)) == b"x" * 50
     second.close()
     # The second one was not killed.
-    wait_for_no_new_keeper(before)
+    wait_for_no_keeper(keepers)
     third = MemoryServer(2, kept_for=run)
     assert steps(third) == [{}, {}]
     third.close()
 
 
-def test_two_in_a_row_are_killed(tmp_path: Path, before: list[psutil.Process]) -> None:
+def test_two_in_a_row_are_killed(tmp_path: Path, keepers: Keepers) -> None:
     kill_tree(launcher(tmp_path))
     code = (
         "import sys, os; from pathlib import Path; from megatron_anymal.peer_memory.server import MemoryServer\n"
@@ -114,30 +117,30 @@ def test_two_in_a_row_are_killed(tmp_path: Path, before: list[psutil.Process]) -
     third.close()
 
 
-def test_a_launcher_that_ends_takes_the_memory_along(tmp_path: Path, before: list[psutil.Process]) -> None:
+def test_a_launcher_that_ends_takes_the_memory_along(tmp_path: Path, keepers: Keepers) -> None:
     process = launcher(tmp_path)
-    assert len(keepers()) == len(before) + 1
+    assert len(keepers()) == 1
     process.communicate("end\n", timeout=240)
     assert process.returncode == 0
-    wait_for_no_new_keeper(before)
+    wait_for_no_keeper(keepers)
 
 
-def test_a_running_launcher_keeps_its_memory(tmp_path: Path, before: list[psutil.Process]) -> None:
+def test_a_running_launcher_keeps_its_memory(tmp_path: Path, keepers: Keepers) -> None:
     process = launcher(tmp_path)
     assert keeper.adopt(tmp_path, 2) is None
     process.communicate("end\n", timeout=240)
-    wait_for_no_new_keeper(before)
+    wait_for_no_keeper(keepers)
 
 
-def test_another_number_of_processes_begins_anew(tmp_path: Path, before: list[psutil.Process]) -> None:
+def test_another_number_of_processes_begins_anew(tmp_path: Path, keepers: Keepers) -> None:
     kill_tree(launcher(tmp_path))
     second = MemoryServer(3, kept_for=tmp_path)
     assert steps(second) == [{}, {}, {}]
     second.close()
-    wait_for_no_new_keeper(before)
+    wait_for_no_keeper(keepers)
 
 
-def test_a_run_folder_made_anew_begins_anew(tmp_path: Path, before: list[psutil.Process]) -> None:
+def test_a_run_folder_made_anew_begins_anew(tmp_path: Path, keepers: Keepers) -> None:
     run = tmp_path / "run"
     kill_tree(launcher(run))
     shutil.rmtree(run)
@@ -172,10 +175,11 @@ def test_the_memory_is_freed_if_nobody_comes() -> None:
                 probe.connect(keeper._address("a key"))
 
 
-def test_the_key_is_only_the_users(tmp_path: Path, before: list[psutil.Process]) -> None:
+def test_the_key_is_only_the_users(tmp_path: Path, keepers: Keepers) -> None:
     server = MemoryServer(1, kept_for=tmp_path)
     assert (tmp_path / keeper.KEY).stat().st_mode & 0o777 == 0o600
-    assert not any((tmp_path / keeper.KEY).read_text() in " ".join(p.cmdline()) for p in keepers())
+    [process] = keepers()
+    assert (tmp_path / keeper.KEY).read_text() not in " ".join(process.cmdline())
     server.close()
 
 
