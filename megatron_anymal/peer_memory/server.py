@@ -39,9 +39,10 @@ class MemoryServer:
         # Why the memory ends with this launcher although it was to be kept; empty otherwise.
         self.not_kept = ""
         self._own = self._begin(processes, kept_for)
-        # Rank of a neighbour -> its memory, and the connection that writes to it.
+        # Rank of a neighbour -> its memory, the connection that may write to it, and what is held while one does.
         self._held: dict[int, str] = {}
         self._writers: dict[int, socket.socket] = {}
+        self._writing: dict[int, threading.Lock] = {}
         self._descriptors = [int(path.rsplit("/", 1)[1]) for path in self._own]
         self._lock = threading.Lock()
         self._secret = secrets.token_hex()
@@ -137,26 +138,35 @@ class MemoryServer:
         wire.send(connection, {"found": False})
 
     def _take(self, connection: socket.socket, copy: Copy) -> None:
-        try:
-            file, slot = self._prepare(connection, copy)
-        except OSError:
-            wire.send(connection, {"taken": False})
-            raise
-        wire.receive_into(connection, file.data(slot))
-        with self._lock:
-            if self._writers.get(copy.rank) is connection:
-                file.commit(slot, copy)
+        # The writer before has been cut off, but may still be storing what it had received.
+        with self._take_over(connection, copy.rank):
+            try:
+                file, slot = self._prepare(connection, copy)
+            except OSError:
+                wire.send(connection, {"taken": False})
+                raise
+            wire.receive_into(connection, file.data(slot))
+            with self._lock:
+                if self._writers.get(copy.rank) is connection:
+                    file.commit(slot, copy)
         wire.send(connection, {"taken": True})
 
-    def _prepare(self, connection: socket.socket, copy: Copy) -> tuple[SlotFile, int]:
-        """Make this connection the only writer of a rank's memory, and return the slot to write."""
+    def _take_over(self, connection: socket.socket, rank: int) -> threading.Lock:
+        """Make this connection the only one that may write to a rank's memory; what is returned is held meanwhile."""
         with self._lock:
-            before = self._writers.get(copy.rank)
+            before = self._writers.get(rank)
             if before is not None and before is not connection:
                 # Its rank is gone, perhaps without having closed the connection.
                 with suppress(OSError):
                     before.shutdown(socket.SHUT_RDWR)
-            self._writers[copy.rank] = connection
+            self._writers[rank] = connection
+            return self._writing.setdefault(rank, threading.Lock())
+
+    def _prepare(self, connection: socket.socket, copy: Copy) -> tuple[SlotFile, int]:
+        """Return a rank's memory and the slot to write."""
+        with self._lock:
+            if self._writers.get(copy.rank) is not connection:
+                raise ConnectionError("another connection has taken over")
             if copy.rank not in self._held:
                 self._held[copy.rank] = _memory(f"anymal_peer_{copy.rank}")
                 self._descriptors.append(int(self._held[copy.rank].rsplit("/", 1)[1]))

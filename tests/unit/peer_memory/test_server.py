@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import socket
+import threading
 import time
 import zlib
 from collections.abc import Iterator
@@ -80,6 +82,37 @@ def test_a_new_rank_takes_over_from_one_that_hangs(server: MemoryServer) -> None
         wire.receive(hanging)
     assert wire.list_copies(server.address) == [copy]
     hanging.close()
+
+
+def test_what_a_rank_that_hangs_has_sent_does_not_reach_the_new_ones_copy(
+    server: MemoryServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread of the old connection stores what it had received only after the new one has taken over."""
+    receive_into, delayed, stored = wire.receive_into, threading.Event(), threading.Event()
+
+    def late(connection: socket.socket, buffer: memoryview) -> None:
+        if len(buffer) != 1000 or delayed.is_set():
+            return receive_into(connection, buffer)
+        delayed.set()
+        deadline = time.monotonic() + 240
+        while server._writers[7] is connection and time.monotonic() < deadline:
+            time.sleep(0.01)
+        # Time for the new one to write, if nothing held it back.
+        time.sleep(0.5)
+        try:
+            receive_into(connection, buffer)
+        finally:
+            stored.set()
+
+    monkeypatch.setattr(wire, "receive_into", late)
+    with wire.connect(server.address) as hanging:
+        wire._ask(hanging, server.address, "put", copy_of(b"b" * 1000, 2))
+        hanging.sendall(b"b" * 500)
+        assert delayed.wait(240)
+        copy = put(server, b"c" * 1000, 3)
+        assert stored.wait(240)
+        assert wire.fetch(server.address, copy) == b"c" * 1000
+        assert wire.list_copies(server.address) == [copy]
 
 
 def test_nothing_is_given_without_the_secret(server: MemoryServer) -> None:
