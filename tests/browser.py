@@ -61,7 +61,7 @@ class Tab:
         assert "exceptionDetails" not in reply, reply
         return reply["result"].get("value")
 
-    def wait(self, expression: str, seconds: float = 60) -> None:
+    def wait(self, expression: str, seconds: float = 240) -> None:
         """Wait until an expression is true. Until the page is loaded, it may fail."""
         deadline = time.monotonic() + seconds
         while not self.value(f"(() => {{ try {{ return !!({expression}) }} catch {{ return false }} }})()"):

@@ -158,7 +158,7 @@ def die() -> None:
     time.sleep(60)
 
 
-def run_until_killed(world: int, function: Callable[..., Any], *args: Any, timeout: float = 120.0) -> None:
+def run_until_killed(world: int, function: Callable[..., Any], *args: Any, timeout: float = 240.0) -> None:
     """Run a job in which one rank calls `die`, and kill the other ranks as soon as it is dead."""
     processes, results = start_ranks(world, function, args)
     deadline = time.monotonic() + timeout

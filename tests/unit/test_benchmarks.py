@@ -29,7 +29,7 @@ SIZES = {
 }
 
 
-def run(*words: str, tests: bool = False, timeout: float = 120.0) -> str:
+def run(*words: str, tests: bool = False, timeout: float = 240.0) -> str:
     """Run a benchmark and return its standard output; with `tests`, put the tests' modules on its path, as its help
     says."""
     folders = [ROOT, ROOT / "tests", ROOT / "tests" / "faults"] if tests else [ROOT]

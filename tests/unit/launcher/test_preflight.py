@@ -41,7 +41,7 @@ def play(
     per_node: int = 2,
     *,
     present: int = 0,
-    seconds: float = 60,
+    seconds: float = 240,
     spoil: Callable[[int, RunConfig], None] = lambda rank, config: None,
 ) -> tuple[set[int], str]:
     """Run the checks of all processes, or of the first `present`; return the exit codes and the printed output."""

@@ -54,7 +54,7 @@ def test_a_forked_process_finds_what_a_started_one_finds(standby: Standby, tmp_p
     mine = told((tmp_path / "out").read_text())
     assert (tmp_path / "err").read_text() == "some words\n"
     command = [sys.executable, "-u", "-m", TARGET, "tell", "two words"]
-    settings: dict[str, Any] = {"stdin": subprocess.DEVNULL, "start_new_session": True, "text": True, "timeout": 60}
+    settings: dict[str, Any] = {"stdin": subprocess.DEVNULL, "start_new_session": True, "text": True, "timeout": 240}
     done = subprocess.run(command, env={**environment(), **more}, capture_output=True, **settings)
     theirs = told(done.stdout)
     drawn = [(report.pop("random"), report.pop("numpy")) for report in (mine, theirs)]
