@@ -284,7 +284,7 @@ def test_a_launcher_that_is_killed_takes_its_ranks_along(tmp_path: Path) -> None
     assert sorted(ranks) == [0, 1]
     process.kill()
     process.wait()
-    # The ranks' steps take 200 s.
+    # Left alone, the ranks would go on for 1,000 s.
     deadline = time.monotonic() + 120
     while any(psutil.pid_exists(pid) for pid in [*ranks.values(), agent.pid]):
         assert time.monotonic() < deadline
