@@ -31,6 +31,8 @@ set -o pipefail
 
 # The current job step, its start time, whether it can be asked to stop, and the process that asks it.
 step="" step_began=0 launched="" asker=""
+# Whether the current step, and every later one, must end.
+steps_over=""
 stop_requested="" terminated="" requeued=""
 run_dir="" logs="" summary=/dev/null
 
@@ -176,11 +178,15 @@ launch() {
     end "$code"
 }
 
-# Runs a job step and returns its exit code; signals that arrive in the meantime are handled at once.
+# Runs a job step and returns its exit code; signals that arrive in the meantime are handled at once. After end_steps,
+# returns 143 and starts nothing.
 in_step() {
     local code
+    [[ ! $steps_over ]] || return 143
     srun "${container[@]}" --cpu-bind=none "$@" &
     step=$! step_began=$SECONDS
+    # A signal that arrived while srun was being started found no step.
+    [[ ! $steps_over ]] || end_steps
     [[ ! $stop_requested ]] || ask_to_stop
     while :; do
         wait "$step"
@@ -192,6 +198,11 @@ in_step() {
     code=$?
     step=""
     return "$code"
+}
+
+end_steps() {
+    steps_over=1
+    [[ ! $step ]] || kill -TERM "$step" 2> /dev/null
 }
 
 on_stop_request() {
@@ -229,7 +240,7 @@ on_termination() {
     if [[ ! $stop_requested && $time_limit ]] && (( SECONDS >= time_limit - 30 )); then
         say "the time limit was reached without a USR1 in time to write a checkpoint: submit with --signal=B:USR1@$(( ANYMAL_GRACE_SECONDS + 30 ))"
     fi
-    [[ ! $step ]] || kill -TERM "$step" 2> /dev/null
+    end_steps
 }
 
 # Exits with a code, or requeues the job.
@@ -282,6 +293,7 @@ newest_checkpoint() {
 # Prints the last error of this start from the nodes' logs.
 last_error() {
     local log
+    [[ $logs ]] || return
     for log in "$logs"/*.log; do
         [[ ! -f $log ]] || awk '/^--- start/ { last = "" } /^error/ { last = $0 } END { if (last) print last }' "$log"
     done | tail -n 1

@@ -73,7 +73,6 @@ run_prepare() {
     export PYTHONPATH=$ANYMAL_HOME${PYTHONPATH:+:$PYTHONPATH}
     trap on_time_limit USR1
     choose_python
-    [[ ! $time_is_up ]] || requeue_part
     in_step --ntasks=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "${python[@]}" -m megatron_anymal prepare "$@"
     code=$?
     if [[ $time_is_up ]] && (( code != 0 && code != 2 )); then requeue_part; fi
@@ -84,7 +83,7 @@ on_time_limit() {
     [[ ! $time_is_up ]] || return
     time_is_up=1
     say "the time limit is near: stopping"
-    [[ ! $step ]] || kill -TERM "$step" 2> /dev/null
+    end_steps
 }
 
 requeue_part() {

@@ -36,7 +36,12 @@ echo "$*" >> "$STUBS/scontrol"
 case "$1 $2" in
     "show hostnames") printf 'n1\\nn2\\n' ;;
     "show node") echo "NodeName=n1 Arch=x86_64 NodeAddr=10.0.0.1 NodeHostName=n1" ;;
-    "show job") echo "JobId=7 TimeLimit=${STUB_TIME:-1-00:00:00} TimeMin=N/A NumNodes=2" ;;
+    "show job")
+        if [[ ${STUB_WAITS:-} == show-job ]]; then
+            touch "$STUBS/begun_show-job"
+            until [[ -e $STUBS/go ]]; do sleep 1; done
+        fi
+        echo "JobId=7 TimeLimit=${STUB_TIME:-1-00:00:00} TimeMin=N/A NumNodes=2" ;;
     "requeue 7" | "requeue 36_2") touch "$STUBS/go"; exit "${STUB_REQUEUE:-0}" ;;
 esac
 """
@@ -129,6 +134,8 @@ class Job:
 
     def signalled(self, part: str, number: signal.Signals, **environment: str) -> tuple[int, str]:
         """Like `run`, but send a signal to the script while it waits for `part`."""
+        for marker in (f"begun_{part}", "go"):  # of an earlier start
+            (self.folder / marker).unlink(missing_ok=True)
         process = self.start(STUB_WAITS=part, **environment)
         deadline = time.monotonic() + 240
         while not (self.folder / f"begun_{part}").exists() and time.monotonic() < deadline:
@@ -410,6 +417,14 @@ def test_a_stop_that_takes_too_long(job: Job) -> None:
 def test_cancelled_jobs_stay_away(job: Job) -> None:
     code, output = job.signalled("launch", signal.SIGTERM)
     assert code == 75 and not job.requeued and "terminated from outside" in job.summary, output
+
+
+@pytest.mark.parametrize(("part", "begun"), [("show-job", set()), ("run-dir", {"run-dir"})])
+def test_a_job_that_is_ended_before_the_launcher_starts_nothing_more(job: Job, part: str, begun: set[str]) -> None:
+    """Between two steps there is no step to end: the next one must not start."""
+    code, output = job.signalled(part, signal.SIGTERM)
+    assert code == 143 and not job.requeued and "terminated from outside" in output, output
+    assert {name for name in ("run-dir", "preflight", "launch") if job.calls(name)} == begun
 
 
 def test_pyxis_and_apptainer(job: Job) -> None:
