@@ -16,7 +16,7 @@ from megatron_anymal.data.configured_modality import LoadedModality
 from megatron_anymal.data.content_parts import name_modalities, with_tokens
 from megatron_anymal.data.context_parallel import held_tokens, padded
 from megatron_anymal.data.feature_cache import FeatureCache
-from megatron_anymal.data.loader_workers import LoaderMemory, ReadMicroBatch, WorkerReader, start_worker, worker_died
+from megatron_anymal.data.loader_workers import LoaderMemory, ReadMicroBatch, WorkerReader, death_behind, start_worker
 from megatron_anymal.data.media_pieces import PieceReader, PlannedItem, pieces_in
 from megatron_anymal.data.micro_batch import MediaBatch, MicroBatch, positions_with_label
 from megatron_anymal.data.plan_queue import PlanSampler
@@ -411,5 +411,8 @@ def _read(
             if memory is not None and read.memory is not None and memory.note(read.memory):
                 sampler.ended = True
             yield read.micro_batch
-    except RuntimeError as error:
-        raise worker_died(error, getattr(iterator, "_workers", ())) or error from error
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        died = death_behind(error, getattr(iterator, "_workers", ()))
+        if died is None:
+            raise
+        raise died from error

@@ -9,6 +9,7 @@ import socket
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import NamedTuple, Optional, Protocol
 
@@ -21,6 +22,9 @@ from megatron_anymal.data.records import PlannedMicroBatch
 from megatron_anymal.object_storage.errors import StorageError
 from megatron_anymal.processes.child_processes import end_with_parent
 from megatron_anymal.processes.process_memory import GIB, resident_bytes
+
+# Seconds that a process may take to end after its sockets have closed.
+_EXIT_SECONDS = 5.0
 
 
 class WorkerDied(RuntimeError):
@@ -37,12 +41,46 @@ def worker_died(error: BaseException, workers: Sequence[BaseProcess] = ()) -> Op
     match = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)(?: is killed by signal: ([\w ]+))?", str(error))
     if match is None or isinstance(error, WorkerDied):
         return None
-    lost = [int(pid) for pid in match[1].split(",")]
-    signals = [-one.exitcode for one in workers if one.pid in lost and one.exitcode is not None and one.exitcode < 0]
-    name = match[2].strip() if match[2] else ", ".join(str(signal.strsignal(number)) for number in signals)
-    how = f"was killed by a signal ({name})" if name else "exited"
+    pids = [int(pid) for pid in match[1].split(",")]
+    lost = [one for one in workers if one.pid in pids]
+    return _died(match[1], match[2].strip() if match[2] else _signals(lost))
+
+
+def death_behind(error: BaseException, workers: Sequence[BaseProcess]) -> Optional[WorkerDied]:
+    """The death of a loader process that made reading from the loader fail; None for any other error.
+
+    A tensor's shared memory is received through a socket of the worker that wrote it. If the worker dies meanwhile, its
+    socket closes before it has an exit code, and torch (2.13) raises the connection's error as it is.
+
+    Args:
+        error: raised by the loader's iterator.
+        workers: the loader's processes.
+    """
+    if not workers or not isinstance(error, (ConnectionError, EOFError)):
+        return worker_died(error, workers)
+    try:
+        ended = wait([one.sentinel for one in workers], _EXIT_SECONDS)
+        lost = [one for one in workers if one.sentinel in ended]
+        for one in lost:
+            one.join(_EXIT_SECONDS)
+    except RuntimeError as reported:
+        # torch's handler of SIGCHLD raises its own error wherever this thread is.
+        died = worker_died(reported, workers)
+        if died is None:
+            raise
+        return died
+    return _died(", ".join(str(one.pid) for one in lost), _signals(lost)) if lost else None
+
+
+def _signals(lost: Sequence[BaseProcess]) -> str:
+    codes = [one.exitcode for one in lost]
+    return ", ".join(str(signal.strsignal(-code)) for code in codes if code is not None and code < 0)
+
+
+def _died(pids: str, signals: str) -> WorkerDied:
+    how = f"was killed by a signal ({signals})" if signals else "exited"
     return WorkerDied(
-        f"The loader process {match[1]} of rank {os.environ.get('RANK', '0')} on {socket.gethostname()} {how} while it "
+        f"The loader process {pids} of rank {os.environ.get('RANK', '0')} on {socket.gethostname()} {how} while it "
         "was reading samples. Often the machine ran out of memory: lower data.num_workers or data.prefetch_steps."
     )
 

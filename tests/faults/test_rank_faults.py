@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
+import gc
 import json
+import multiprocessing
 import os
+import signal
 import threading
 import time
 from pathlib import Path
@@ -13,14 +16,18 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 from engine import train
 from ranks import run_ranks
 from tiny import make_config
+from torch.utils.data import DataLoader, Dataset
 
 from megatron_anymal.config import ConfigError, RunConfig
 from megatron_anymal.config.fault_grammar import KINDS
 from megatron_anymal.config.validation import check
-from megatron_anymal.data.loader_workers import WorkerDied, worker_died
+from megatron_anymal.data import loader_workers
+from megatron_anymal.data.loader import _read
+from megatron_anymal.data.loader_workers import WorkerDied, death_behind, worker_died
 from megatron_anymal.resilience import events, fault_injection, heartbeat
 from megatron_anymal.resilience.exit_codes import Exit, code_of
 from megatron_anymal.resilience.heartbeat import Phase
@@ -135,6 +142,60 @@ def test_an_exit_code_tells_of_a_signal() -> None:
     assert "process 12 of rank" in str(error) and "was killed by a signal (Killed)" in str(error)
     error = worker_died(RuntimeError("DataLoader worker (pid(s) 13) exited unexpectedly"), workers)
     assert "exited while it was reading" in str(error)
+
+
+class KillsItsReader(Dataset[tuple["Killer", torch.Tensor]]):
+    """Items whose receipt kills the loader process that read them, before their tensor has been received from it."""
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> tuple[Killer, torch.Tensor]:
+        return Killer(), torch.zeros(4096)
+
+
+class Killer:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.kill, (os.getpid(), signal.SIGKILL)
+
+
+def die_later() -> None:
+    time.sleep(0.3)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def lose_workers_while_receiving(times: int) -> tuple[list[str], Any]:
+    """The messages for processes that die after their connection, then real loaders; the answer for a living one."""
+    fork = multiprocessing.get_context("fork")
+    messages = []
+    for reset in (ConnectionResetError(104, "Connection reset by peer"), EOFError()):
+        process = fork.Process(target=die_later)
+        process.start()
+        messages.append(str(death_behind(reset, [process])))
+    for _ in range(times):
+        loader: Any = DataLoader(KillsItsReader(), batch_size=None, num_workers=1, multiprocessing_context="fork")
+        with pytest.raises(RuntimeError) as error:
+            next(_read(loader, None, None))  # type: ignore[arg-type]
+        # As `fit` does: torch's handler of SIGCHLD may raise at any time.
+        messages.append(str(worker_died(error.value) or error.value))
+        # Later loader processes would inherit the iterator, and complain about it.
+        del error, loader
+        gc.collect()
+    loader_workers._EXIT_SECONDS = 0.1
+    process = fork.Process(target=time.sleep, args=(1000,))
+    process.start()
+    no_death = death_behind(ConnectionResetError(), [process])
+    process.kill()
+    process.join()
+    return messages, no_death
+
+
+def test_a_loader_process_that_is_killed_while_it_hands_over_a_tensor() -> None:
+    """In about one of ten cases torch raises the connection's error."""
+    messages, no_death = run_ranks(1, lose_workers_while_receiving, 20)[0]
+    assert len(messages) == 22 and no_death is None
+    for message in messages:
+        assert message.startswith("The loader process ") and "was killed by a signal (Killed)" in message
 
 
 def get_stuck(config: RunConfig, folder: Path) -> tuple[heartbeat.Beat, heartbeat.Beat]:
