@@ -363,6 +363,7 @@ def steps(
     Raises:
         StorageError: an object store cannot be read; see ObjectClient.cat_file.
         WorkerDied: a worker process has exited. torch can also report this elsewhere; see `worker_died`.
+        RuntimeError, ConnectionError, EOFError: raised by a reader, or by torch's loader while all workers are alive.
     """
     if start >= stop:
         return

@@ -55,6 +55,9 @@ def death_behind(error: BaseException, workers: Sequence[BaseProcess]) -> Option
     Args:
         error: raised by the loader's iterator.
         workers: the loader's processes.
+
+    Raises:
+        RuntimeError: raised by another signal handler while this waits for the processes.
     """
     if not workers or not isinstance(error, (ConnectionError, EOFError)):
         return worker_died(error, workers)

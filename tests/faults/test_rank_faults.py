@@ -166,7 +166,15 @@ def die_later() -> None:
 
 def lose_workers_while_receiving(times: int) -> tuple[list[str], Any]:
     """The messages for processes that die after their connection, then real loaders; the answer for a living one."""
+    # Before the loaders, whose threads may outlive them.
     fork = multiprocessing.get_context("fork")
+    process = fork.Process(target=time.sleep, args=(1000,))
+    process.start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loader_workers, "_EXIT_SECONDS", 0.1)
+        no_death = death_behind(ConnectionResetError(), [process])
+    process.kill()
+    process.join()
     messages = []
     for reset in (ConnectionResetError(104, "Connection reset by peer"), EOFError()):
         process = fork.Process(target=die_later)
@@ -181,12 +189,6 @@ def lose_workers_while_receiving(times: int) -> tuple[list[str], Any]:
         # Later loader processes would inherit the iterator, and complain about it.
         del error, loader
         gc.collect()
-    loader_workers._EXIT_SECONDS = 0.1
-    process = fork.Process(target=time.sleep, args=(1000,))
-    process.start()
-    no_death = death_behind(ConnectionResetError(), [process])
-    process.kill()
-    process.join()
     return messages, no_death
 
 
