@@ -159,6 +159,19 @@ class Killer:
         return os.kill, (os.getpid(), signal.SIGKILL)
 
 
+class CutOff:
+    """A loader whose connection to its process fails with an error."""
+
+    def __init__(self, error: Exception, process: Any) -> None:
+        self.error, self._workers = error, [process]
+
+    def __iter__(self) -> CutOff:
+        return self
+
+    def __next__(self) -> None:
+        raise self.error
+
+
 def die_later() -> None:
     time.sleep(0.3)
     os.kill(os.getpid(), signal.SIGKILL)
@@ -179,7 +192,9 @@ def lose_workers_while_receiving(times: int) -> tuple[list[str], Any]:
     for reset in (ConnectionResetError(104, "Connection reset by peer"), EOFError()):
         process = fork.Process(target=die_later)
         process.start()
-        messages.append(str(death_behind(reset, [process])))
+        with pytest.raises(WorkerDied) as died:
+            next(_read(CutOff(reset, process), None, None))  # type: ignore[arg-type]
+        messages.append(str(died.value))
     for _ in range(times):
         loader: Any = DataLoader(KillsItsReader(), batch_size=None, num_workers=1, multiprocessing_context="fork")
         with pytest.raises(RuntimeError) as error:
