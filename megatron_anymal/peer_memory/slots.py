@@ -34,8 +34,8 @@ class Copy:
     identity: str
     # Number of bytes; a slot may be larger.
     size: int
-    # CRC-32 of the bytes.
-    checksum: int
+    # CRC-32 of the bytes; None until it is known.
+    checksum: Optional[int]
     # Update counts of the optimizer's parameter groups.
     counts: tuple[int, ...] = ()
 
@@ -84,7 +84,7 @@ class SlotFile:
         return slot
 
     def commit(self, slot: int, copy: Copy) -> None:
-        """Mark a slot as complete.
+        """Mark a slot as complete, or replace its description.
 
         Raises:
             ValueError: the copy's description does not fit into a header.
@@ -93,9 +93,9 @@ class SlotFile:
         if len(text) > _HEADER - _PREFIX.size:
             raise ValueError(f"the description of the copy takes {len(text)} bytes.")
         assert self._map is not None
-        begin = slot * _HEADER + _PREFIX.size
-        self._map[begin : begin + len(text)] = text
-        self._map[begin - _PREFIX.size : begin] = _PREFIX.pack(len(text), zlib.crc32(text))
+        header = _PREFIX.pack(len(text), zlib.crc32(text)) + text
+        # In one copy: a process that is killed here leaves the old header or the new one.
+        self._map[slot * _HEADER : slot * _HEADER + len(header)] = header
 
     def clear(self) -> None:
         """Erase both headers."""

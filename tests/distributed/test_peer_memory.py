@@ -18,6 +18,7 @@ from ranks import run_ranks
 from tiny import make_config
 
 from megatron_anymal.config import RunConfig
+from megatron_anymal.peer_memory.rank_copies import RankCopies
 from megatron_anymal.peer_memory.server import MEMORY, MemoryServer
 from megatron_anymal.peer_memory.slots import SlotFile
 from megatron_anymal.resilience.events import read
@@ -113,6 +114,20 @@ def test_ranks_that_change_places_find_their_copies(config: RunConfig, tmp_path:
     run_ranks(2, attempt, config, server.environment())
     continued = run_ranks(2, elsewhere, config, server.environment())[0]
     server.close()
+    assert resumed_at(config) == [("from memory, at step 4", 4)]
+    assert_same(continued, undisturbed(config, tmp_path))
+
+
+def without_background_work(config: RunConfig, variables: dict[str, str]) -> Any:
+    """In a rank: `attempt`, in which each copy is left as by a process that is killed right after it."""
+    RankCopies._finish = lambda *_: None  # type: ignore[method-assign]
+    return attempt(config, variables)
+
+
+def test_a_copy_counts_before_its_checksum_is_known(config: RunConfig, server: MemoryServer, tmp_path: Path) -> None:
+    config.resilience.faults = [f"exception:rank=1,step={FAULT}"]
+    run_ranks(2, without_background_work, config, server.environment())
+    continued = run_ranks(2, attempt, config, server.environment())[0]
     assert resumed_at(config) == [("from memory, at step 4", 4)]
     assert_same(continued, undisturbed(config, tmp_path))
 
