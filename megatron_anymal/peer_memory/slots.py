@@ -94,7 +94,7 @@ class SlotFile:
             raise ValueError(f"the description of the copy takes {len(text)} bytes.")
         assert self._map is not None
         header = _PREFIX.pack(len(text), zlib.crc32(text)) + text
-        # In one copy: a process that is killed here leaves the old header or the new one.
+        # One write instead of two: a process that is killed between them would leave no valid header.
         self._map[slot * _HEADER : slot * _HEADER + len(header)] = header
 
     def clear(self) -> None:
