@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import platform
-import socket
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -126,11 +125,11 @@ def collective_rate(device: torch.device) -> tuple[float, float]:
     ranks = torch.cuda.device_count() if on_gpu else max(2, os.cpu_count() or 1)
     if ranks == 1:
         return copy_rate(device), 0.0
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    # Held by this process, so that the port cannot be taken while the others start.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     times = mp.get_context("spawn").SimpleQueue()
-    mp.start_processes(_gather_times, (ranks, port, "nccl" if on_gpu else "gloo", times), ranks, start_method="spawn")
+    arguments = (ranks, store.port, "nccl" if on_gpu else "gloo", times)
+    mp.start_processes(_gather_times, arguments, ranks, start_method="spawn")
     seconds = times.get()
     # The smallest message shows the latency, the largest the rate; an all-gather starts log2(ranks) messages.
     latency = seconds[0] / math.log2(ranks)
@@ -140,7 +139,8 @@ def collective_rate(device: torch.device) -> tuple[float, float]:
 
 def _gather_times(rank: int, ranks: int, port: int, backend: str, times: Any) -> None:
     """Put the median seconds of an all-gather of each size, as rank 0."""
-    dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks)
     device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
     seconds = []
     for size in _MESSAGES:

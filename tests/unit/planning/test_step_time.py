@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_anymal.config import (
     ConfigError,
@@ -272,6 +275,22 @@ def test_a_file_without_numbers_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "gpu.yaml").write_text(text)
     with pytest.raises(ConfigError, match=r"gpu\.yaml: \w+ must be \[value, source\]"):
         load_hardware(str(tmp_path / "gpu.yaml"))
+
+
+def test_a_port_in_demand_does_not_end_a_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    start, taken = measurement.mp.start_processes, socket.socket()
+
+    def port_in_demand(function: Any, arguments: tuple[Any, ...], *others: Any, **more: Any) -> Any:
+        """Start the processes while someone else listens at their port, if it can be had."""
+        with contextlib.suppress(OSError):
+            taken.bind(("127.0.0.1", arguments[1]))
+            taken.listen()
+        return start(function, arguments, *others, **more)
+
+    monkeypatch.setattr(measurement.mp, "start_processes", port_in_demand)
+    with taken:
+        rate, latency = measurement.collective_rate(torch.device("cpu"))
+    assert rate > 0 and latency > 0
 
 
 def test_a_measurement_is_a_hardware_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
