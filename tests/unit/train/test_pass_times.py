@@ -65,6 +65,7 @@ def test_the_parts_of_a_step(stages: int, tokenizer_folder: str, tmp_path: Path)
     for row, computed in zip(rows, zip(*(seconds for _, seconds in ranks)), strict=True):
         # Of all ranks: one that another program holds up begins a step later than the others.
         assert sum(row[name] for name in PASS_METRICS) == pytest.approx(sum(computed) / stages, rel=1e-5)
+        assert row["step_seconds"] * (1 - row["data_wait_share"]) == pytest.approx(computed[0], rel=1e-5)
         assert row["device_memory_gib"] == 0 and min(row[name] for name in PASS_METRICS[:-1]) >= 0
         assert row["forward_seconds"] >= passes * FORWARD and row["backward_seconds"] >= passes * BACKWARD
         if stages == 2:
