@@ -61,6 +61,9 @@ HARMLESS = (
 # Keys of a Llama's configuration that do not describe the model.
 _NOTES = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache", "architectures")
 
+# Settings that are harmless only as long as the data are the same.
+_DATA = ("data.train", "data.schedule")
+
 # Sections whose entries may be added and removed.
 _ADDED = ("model.modalities.", "model.discrete.", "model.multiplex.", "data.train", "data.validation")
 
@@ -82,7 +85,9 @@ def check_changes(saved: Manifest, current: Manifest, allowed: Collection[str], 
     harmless = [
         line
         for key, line in _config_lines(saved.config, current.config)
-        if _is_harmless(key, current.config) and not (moved and key == "trainer.max_steps")
+        if _is_harmless(key, current.config)
+        and not (moved and key == "trainer.max_steps")
+        and not (differences["data"] and key.startswith(_DATA))
     ]
     if harmless:
         say(f"changed since the checkpoint, without effect on training results: {'; '.join(harmless)}")
@@ -109,9 +114,21 @@ def _of_kind(kind: str, saved: Manifest, current: Manifest) -> list[str]:
         return _hashes("data.tokenizer (its content)", saved.tokenizer, current.tokenizer) if saved.tokenizer else []
     if kind == "base":
         return _hashes("the Llama's weights", saved.base_hash, current.base_hash) + _llama(saved.llama, current.llama)
-    name = "data (its content, weights, data.schedule, model.seed or model.global_batch_size)"
-    changed = _hashes(name, saved.data_fingerprint, current.data_fingerprint)
-    return [f"{line}, so that resuming would repeat or lose samples" for line in changed]
+    return _data(saved, current)
+
+
+def _data(saved: Manifest, current: Manifest) -> list[str]:
+    """Compare the order of the samples and, if the checkpoint recorded it, what is in them."""
+    order = "data (its shards, weights, data.schedule, model.seed or model.global_batch_size)"
+    lines = [
+        f"{line}, so that resuming would repeat or lose samples"
+        for line in _hashes(order, saved.data_fingerprint, current.data_fingerprint)
+    ]
+    if saved.data_content:
+        content = _hashes("data (its keys, texts or media)", saved.data_content, current.data_content)
+        lines += [f"{line}, so that resuming would train on other samples" for line in content]
+    settings = [line for key, line in _config_lines(saved.config, current.config) if key.startswith(_DATA)]
+    return lines + settings if lines else []
 
 
 def _hashes(name: str, saved: str, current: str) -> list[str]:

@@ -47,7 +47,7 @@ class Manifest:
     llama: dict[str, Any]
     # Hash of the frozen Llama's weights; empty if the checkpoint holds the Llama itself.
     base_hash: str
-    # Hash of everything that determines which samples a step consumes.
+    # Hash of everything that determines which samples a step consumes, apart from what is in them.
     data_fingerprint: str
     # File name -> SHA-256.
     files: dict[str, str]
@@ -57,6 +57,8 @@ class Manifest:
     metrics: dict[str, float] = field(default_factory=dict)
     # Hash of the tokenizer; empty if it was not recorded.
     tokenizer: str = ""
+    # Hash of what is in the samples; empty if an index did not record it.
+    data_content: str = ""
 
 
 def staging_folder(checkpoints: Path, step: int) -> Path:

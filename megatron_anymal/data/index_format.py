@@ -3,7 +3,7 @@
 An index is a folder next to the shards:
 
     index.json      version, shards with their sizes, kinds of media, file extensions, tokenizer fingerprint, counts,
-                    and the options that it was built with
+                    the options that it was built with, and a hash of all rows and keys below
     shards.jsonl    what each shard adds, and when it was modified (data/indexed_shards.py)
     left_out.jsonl  every sample and member that is not in the index (data/left_out.py)
     samples.npy     one row per sample (SAMPLE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import secrets
@@ -184,6 +185,7 @@ def write_index(
     inside = f"{root}/{INDEX_FOLDER}"
     fs.makedirs(inside, exist_ok=True)
     counts, bounds = _Counts(header.kinds), BoundsBuilder(len(header.kinds))
+    hashes = [hashlib.sha256() for _ in range(3)]
     with ExitStack() as stack:
         names = (SHARDS, SAMPLES, MEDIA_ITEMS, KEYS, BOUNDS)
         files = [stack.enter_context(replacing(fs, f"{inside}/{name}")) for name in names]
@@ -194,16 +196,19 @@ def write_index(
             counts.add(rows)
             bounds.add(rows.samples, rows.media)
             of_shards.write(json.dumps(rows.shard).encode() + b"\n")
-            of_samples.write(rows.samples.tobytes())
-            of_media.write(rows.media.tobytes())
-            of_keys.write(rows.keys)
+            contents = (rows.samples.tobytes(), rows.media.tobytes(), rows.keys)
+            for file, one, data in zip((of_samples, of_media, of_keys), hashes, contents):
+                file.write(data)
+                one.update(data)
         table = bounds.table()
         _write_npy_header(of_bounds, table.dtype, len(table))
         of_bounds.write(table.tobytes())
         if fs.exists(f"{inside}/index.json"):
             fs.rm_file(f"{inside}/index.json")
     with replacing(fs, f"{inside}/index.json") as file:
-        file.write(header.with_accounting(samples, media, {**accounting, "counts": counts.to_json()}).encode())
+        content = hashlib.sha256(b"".join(one.digest() for one in hashes)).hexdigest()
+        more = {**accounting, "counts": counts.to_json(), "content": content}
+        file.write(header.with_accounting(samples, media, more).encode())
 
 
 @contextmanager

@@ -192,7 +192,7 @@ class BatchPlanner:
         return max((index.remote.settings.read_ahead for index in self.indexes if index.remote), default=0)
 
     def fingerprint(self) -> str:
-        """Hash of everything that determines which samples a step uses."""
+        """Hash of everything that determines which samples a step uses, apart from what is in them (`content`)."""
         body = {
             "indexes": [[i.header.to_json(len(i), len(i.media))] for i in self.indexes],
             "weights": self.stages[0].weights,
@@ -204,6 +204,11 @@ class BatchPlanner:
             **({"shared_prompts": True} if self.layout.shared_prompts and self.too_long == "drop" else {}),
         }
         return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+    def content(self) -> str:
+        """Hash of the keys, texts and media of all datasets; empty if an index was built before it recorded one."""
+        contents = [index.content for index in self.indexes]
+        return hashlib.sha256("".join(contents).encode()).hexdigest() if all(contents) else ""
 
     def samples(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """The samples at positions [start, stop) of a run without `alignments`: dataset and row number, [stop - start]

@@ -104,6 +104,8 @@ class ShardIndex:
         self.left_out_codes: Mapping[str, int] = body.get("left_out", {})
         # Numbers of samples and media items by kind, and samples per block of the bounds; empty likewise.
         self._counts: Mapping[str, Any] = body.get("counts", {})
+        # SHA-256 of the rows, which have the checksums of all texts and media, and of the keys; empty likewise.
+        self.content: str = body.get("content", "")
         self.limits = limits or _limits(body.get("limits", {}))
         self.samples, self.media = self._array(SAMPLES), self._array(MEDIA_ITEMS)
         if len(self.samples) == 0:

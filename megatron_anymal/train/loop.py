@@ -411,6 +411,7 @@ class Trainer:
             reference=self.reference_hash,
             metrics=metrics if validated_at == self.state.step else {},
             tokenizer=self.state.tokenizer.fingerprint(),
+            data_content=self.state.train_data.planner.content(),
         )
 
     def _check_base(self) -> None:

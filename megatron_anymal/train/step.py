@@ -186,7 +186,7 @@ def _begin(
     names = ["text", *state.modalities, *state.config.model.discrete]
     batch = GlobalBatch.of(plan, bad, names, state.layout.device, list(state.config.model.multiplex))
     if state.reference is not None:
-        data = planner.fingerprint()[:8]
+        data = f"{planner.fingerprint()[:8]}{planner.content()[:8]}"
         keys = [
             f"{data}/{planner.key(int(d), int(s))}" if count else None
             for d, s, count in zip(plan.dataset, plan.sample, batch.counts)

@@ -16,6 +16,8 @@ from tiny import make_config, make_conversations
 import megatron_anymal.train.step as train_step
 from megatron_anymal.checkpoint.store import CheckpointError
 from megatron_anymal.config import ConfigError, LoraConfig, RunConfig
+from megatron_anymal.data.index_builder import IndexOptions
+from megatron_anymal.data.index_folder import make_index
 from megatron_anymal.data.records import DataError
 from megatron_anymal.generation.checkpoint_generator import NativeGenerator
 from megatron_anymal.model.unsharded_weights import gather_weights
@@ -154,6 +156,20 @@ def test_another_reference_is_asked_anew(dpo: RunConfig, dpo_run: dict[str, Any]
     (folder / "another").mkdir()
     (folder / "another" / "reference").symlink_to(folder / "dpo" / "reference")
     assert run_ranks(1, train_and_count, again)[0]["asked"] == 1
+
+
+def test_the_reference_is_asked_about_changed_answers(dpo: RunConfig, dpo_run: dict[str, Any], folder: Path) -> None:
+    """Pairs with the same keys, in shards of the same names and sizes, but with other answers."""
+    (folder / "other_pairs").mkdir()
+    for path in (folder / "pairs").glob("*.tar"):
+        (folder / "other_pairs" / path.name).write_bytes(path.read_bytes().replace(b" seven", b" eight"))
+    make_index(str(folder / "other_pairs"), IndexOptions(dpo.data.tokenizer))
+    for name, asked in (("pairs", 0), ("other_pairs", 1)):
+        again = changed(dpo, folder / f"again_{name}", 1)
+        again.data.train["mix"].path = str(folder / name)
+        (folder / f"again_{name}").mkdir()
+        (folder / f"again_{name}" / "reference").symlink_to(folder / "dpo" / "reference")
+        assert run_ranks(1, train_and_count, again)[0]["asked"] == asked
 
 
 def media_weights(run_dir: Path, untrained: bool) -> dict[str, np.ndarray]:

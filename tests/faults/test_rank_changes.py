@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
+import shutil
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +18,10 @@ from tiny import make_config
 
 from megatron_anymal.checkpoint.compatibility import check_changes
 from megatron_anymal.checkpoint.store import Manifest
-from megatron_anymal.config import ConfigError, RunConfig
+from megatron_anymal.config import ConfigError, DatasetConfig, RunConfig
 from megatron_anymal.config.validation import check
+from megatron_anymal.data.index_builder import IndexOptions
+from megatron_anymal.data.index_folder import make_index
 
 
 @pytest.fixture
@@ -36,6 +41,7 @@ def manifest(config: RunConfig, **more: Any) -> Manifest:
         "data_fingerprint": "dddd",
         "files": {},
         "tokenizer": "tttt",
+        "data_content": "cccc",
         **more,
     }
     return Manifest(**values)
@@ -147,6 +153,8 @@ def test_another_modality(config: RunConfig) -> None:
         ("base", {"base_hash": "bbbb"}, "the Llama's weights aaaa -> bbbb"),
         ("base", {"llama": {"rope_theta": 5e5}}, "the Llama's rope_theta 10000.0 -> 500000.0"),
         ("data", {"data_fingerprint": "eeee"}, "dddd -> eeee, so that resuming would repeat or lose samples"),
+        ("data", {"data_content": "ffff"}, "cccc -> ffff, so that resuming would train on other samples"),
+        ("data", {"data_content": ""}, "cccc -> none, so that resuming would train on other samples"),
     ],
 )
 def test_what_is_no_setting(config: RunConfig, kind: str, more: dict[str, Any], shown: str) -> None:
@@ -162,6 +170,71 @@ def test_a_library_that_wrote_its_version_is_no_change(config: RunConfig) -> Non
 
 def test_a_checkpoint_without_the_tokenizers_hash(config: RunConfig) -> None:
     check_changes(manifest(config, tokenizer=""), manifest(config), [], pytest.fail)
+
+
+def test_a_checkpoint_without_the_datas_hash(config: RunConfig) -> None:
+    check_changes(manifest(config, data_content=""), manifest(config), [], pytest.fail)
+
+
+def test_another_folder_is_harmless_only_with_the_same_data(config: RunConfig) -> None:
+    name = next(iter(config.data.train))
+    moved = set_to(f"data.train.{name}.path", "elsewhere")
+    assert differences(config, moved)[0].startswith("changed since the checkpoint, without effect")
+    assert len(differences(config, moved)) == 1
+    (message,) = differences(config, moved, "data", data_content="ffff")
+    assert message.startswith("warning:") and "-> 'elsewhere'" in message
+
+
+def changed_member(changed: str, name: str, data: bytes) -> tuple[str, bytes]:
+    """A member of sample 7, which is of IMU data, with one change that keeps its size."""
+    key, _, ending = name.partition(".")
+    if key != "imu-00007":
+        return name, data
+    if changed == "text" and ending == "json":
+        data = data.replace(b"what is this", b"what is that")
+    if changed == "media" and ending != "json":
+        # The lowest bits of a number in the array.
+        data = data[:-4] + bytes([data[-4] ^ 1]) + data[-3:]
+    return ("imu-x0007." + ending if changed == "key" else name), data
+
+
+def index_of(folder: Path, config: RunConfig, changed: str) -> str:
+    """A copy of the run's shards, with one change, and its index."""
+    folder.mkdir()
+    for path in sorted(Path(config.data.train["mix"].path).glob("*.tar")):
+        with tarfile.open(path) as old, tarfile.open(folder / path.name, "w", format=tarfile.USTAR_FORMAT) as new:
+            for member in old:
+                file = old.extractfile(member)
+                assert file is not None
+                name, data = changed_member(changed, member.name, file.read())
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                new.addfile(info, io.BytesIO(data))
+    make_index(str(folder), IndexOptions(config.data.tokenizer))
+    return str(folder)
+
+
+@pytest.mark.parametrize("changed", ["text", "media", "key"])
+def test_the_same_shards_with_other_content(config: RunConfig, tmp_path: Path, changed: str) -> None:
+    """Shards of the same names, sizes and counts: only what is in them differs."""
+    before, after = (index_of(tmp_path / name, config, change) for name, change in (("a", ""), ("b", changed)))
+    config.data.train = {"made": DatasetConfig(path=before)}
+    config.trainer.max_steps = 1
+    run_ranks(1, train, config)
+    config.trainer.max_steps = 2
+    config.data.train["made"].path = after
+
+    def resume() -> str:
+        with pytest.raises(ConfigError) as error:
+            train(config)
+        return str(error.value)
+
+    message = run_ranks(1, resume)[0]
+    assert "data (its keys, texts or media)" in message and "its shards" not in message
+    assert f"data.train.made.path {before!r} -> {after!r}" in message
+    shutil.rmtree(after)
+    shutil.copytree(before, after)
+    assert len(run_ranks(1, train, config)[0]["losses"]) == 2
 
 
 def test_names_of_allow_changes_are_checked(config: RunConfig) -> None:

@@ -7,6 +7,7 @@ import io
 import json
 from collections import Counter
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,8 @@ def index_files(folder: Path, options: IndexOptions, tokenizer: Tokenizer) -> di
     kinds = sorted({kind for shard in shards for kind in shard.kinds})
     extensions = sorted({extension for shard in shards for extension in shard.extensions})
     samples, media = _tables(shards, kinds, extensions)
+    keys = "".join(key for shard in shards for key in shard.keys).encode()
+    tables = (samples.tobytes(), media.tobytes())
     members = MemberCounts()
     for shard in shards:
         members.add(shard.members)
@@ -71,11 +74,12 @@ def index_files(folder: Path, options: IndexOptions, tokenizer: Tokenizer) -> di
         "limits": dataclasses.asdict(options.limits),
         "options": options.identity(tokenizer.fingerprint()),
         "counts": _counts(samples, media, kinds),
+        "content": sha256(b"".join(sha256(data).digest() for data in (*tables, keys))).hexdigest(),
     }
     return {
         "samples.npy": _npy(samples),
         "media.npy": _npy(media),
-        "keys.bin": "".join(key for shard in shards for key in shard.keys).encode(),
+        "keys.bin": keys,
         "bounds.npy": _npy(_bounds(samples, media, len(kinds))),
         "shards.jsonl": _lines([_accounting(shard) for shard in shards]),
         "left_out.jsonl": _lines([entry.to_dict() for entry in left_out]),
