@@ -355,7 +355,7 @@ def test_a_changed_alignment_is_refused_at_a_resume(
     changes: list[tuple[Callable[[RunConfig], Any], str]] = [
         (lambda c: setattr(c.model.multiplex["imu"].optim, "lr", 1.0), r"model.multiplex.imu.optim.lr 0.004 -> 1.0"),
         (lambda c: setattr(c.model.multiplex["imu"], "max_steps", 5), r"model.multiplex.imu.max_steps 4 -> 5"),
-        (lambda c: setattr(c.model.multiplex["imu"], "global_batch_size", 3), r"data \(its content, weights"),
+        (lambda c: setattr(c.model.multiplex["imu"], "global_batch_size", 3), r"data \(its shards, weights"),
         # Those of the image and the video end with the run, and the rate of the video is constant.
         (
             lambda c: setattr(c.trainer, "max_steps", 9),

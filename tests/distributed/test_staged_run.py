@@ -118,5 +118,5 @@ def test_another_mixture_is_refused_at_a_resume_and_a_longer_run_is_not(
 
 
 def refused(config: RunConfig) -> None:
-    with pytest.raises(ConfigError, match=r"data \(its content, weights, data.schedule, model.seed or"):
+    with pytest.raises(ConfigError, match=r"data \(its shards, weights, data.schedule, model.seed or"):
         train(config)
